@@ -1,0 +1,3 @@
+"""Cache policies for autoregressive video diffusion: pure functions over explicit state."""
+
+__all__: list[str] = []
