@@ -21,9 +21,8 @@ def find_long_parts(path: Path) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
             length = node.end_lineno - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
-                long.append(
-                    f"{path}:{node.lineno} {node.name}: {length} lines, at most {MAX_FUNCTION_LINES}"
-                )
+                name = f"{path}:{node.lineno} {node.name}"
+                long.append(f"{name}: {length} lines, at most {MAX_FUNCTION_LINES}")
     return long
 
 
