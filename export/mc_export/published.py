@@ -1,0 +1,131 @@
+"""The published checkpoints: where they lie, and the configurations they have.
+
+Neighbours: `fetch_checkpoint` fetches one; `load_checkpoint` fills in what the original layout
+leaves out; a random checkpoint of a real size takes its configuration from here.
+"""
+
+__all__ = ["PUBLISHED", "UMT5_XXL", "WAN21_VAE", "Published", "published_name"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published checkpoint and the video it was trained for.
+
+    Attributes:
+        repository: On the Hugging Face hub, in diffusers' layout.
+        transformer: Configuration of the transformer, with diffusers' keys.
+        height: Pixels.
+        width: Pixels.
+        base_num_frames: Pixel frames of one window.
+    """
+
+    repository: str
+    transformer: Mapping[str, Any]
+    height: int
+    width: int
+    base_num_frames: int
+
+
+def _transformer(layers: int, heads: int, ffn_dim: int, fps: bool) -> Mapping[str, Any]:
+    return MappingProxyType(
+        {
+            "patch_size": [1, 2, 2],
+            "num_attention_heads": heads,
+            "attention_head_dim": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_dim": 4096,
+            "freq_dim": 256,
+            "ffn_dim": ffn_dim,
+            "num_layers": layers,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": 1e-6,
+            "inject_sample_info": fps,
+            "rope_max_seq_len": 1024,
+        }
+    )
+
+
+_SMALL = _transformer(layers=30, heads=12, ffn_dim=8960, fps=True)
+_LARGE = _transformer(layers=40, heads=40, ffn_dim=13824, fps=False)
+
+# Source: repositories, diffusers' documentation (api/pipelines/skyreels_v2); sizes, its
+# scripts/convert_skyreelsv2_to_diffusers.py (commit 58eb52c); videos, SkyReels-V2's README
+# (commit abed76f). The 720P model was trained on 121 frames, 31 latent ones, which are no whole
+# number of chunks: 117 frames are the longest window below that.
+PUBLISHED: Mapping[str, Published] = MappingProxyType(
+    {
+        "skyreels-df-1.3b-540p": Published(
+            "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers", _SMALL, 544, 960, 97
+        ),
+        "skyreels-df-14b-540p": Published(
+            "Skywork/SkyReels-V2-DF-14B-540P-Diffusers", _LARGE, 544, 960, 97
+        ),
+        "skyreels-df-14b-720p": Published(
+            "Skywork/SkyReels-V2-DF-14B-720P-Diffusers", _LARGE, 720, 1280, 117
+        ),
+    }
+)
+
+# The text encoder that all of them share, with the keys of transformers' UMT5Config.
+# Source: SkyReels-V2, skyreels_v2_infer/modules/t5.py, umt5_xxl (commit abed76f).
+UMT5_XXL: Mapping[str, Any] = MappingProxyType(
+    {
+        "model_type": "umt5",
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": 256384,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+    }
+)
+
+# The autoencoder that all of them share, with the keys of diffusers' AutoencoderKLWan.
+# Source: SkyReels-V2, skyreels_v2_infer/modules/vae.py (commit abed76f).
+WAN21_VAE: Mapping[str, Any] = MappingProxyType(
+    {
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [
+            *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+            *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+        ],
+        "latents_std": [
+            *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+            *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+        ],
+    }
+)
+
+
+def published_name(transformer: Mapping[str, Any]) -> str | None:
+    """Which published checkpoint a transformer's configuration belongs to.
+
+    Args:
+        transformer: Configuration as `load_checkpoint` gives it.
+
+    Returns:
+        The name, or None where no published checkpoint has this configuration, or more than one
+        has: the 14B models for 540P and 720P differ in their weights alone.
+
+    Example:
+        >>> published_name(PUBLISHED["skyreels-df-1.3b-540p"].transformer)
+        'skyreels-df-1.3b-540p'
+    """
+    names = [name for name, model in PUBLISHED.items() if model.transformer == dict(transformer)]
+    return names[0] if len(names) == 1 else None
