@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mc_engines.specs import PRECISIONS, Precision
+
 
 @dataclass(frozen=True)
 class ComponentSource:
@@ -30,6 +32,8 @@ class ComponentSource:
         outputs: Names of the outputs, in order.
         layers: One callable per layer. It loads that layer's parameters alone, named as by
             `module.named_parameters()`, in the checkpoint's dtype, matrices as [in, out].
+        float32: Inputs and outputs that stay float32 in every precision, such as rotary tables.
+        precisions: The graphs to write.
     """
 
     name: str
@@ -38,3 +42,5 @@ class ComponentSource:
     dynamic: dict[str, dict[int, str]]
     outputs: tuple[str, ...]
     layers: tuple[Callable[[], dict[str, torch.Tensor]], ...] = ()
+    float32: frozenset[str] = frozenset()
+    precisions: tuple[Precision, ...] = PRECISIONS

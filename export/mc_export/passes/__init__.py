@@ -1,0 +1,3 @@
+"""Passes over ONNX graphs: one file each, from a model to a new model."""
+
+__all__: list[str] = []
