@@ -127,7 +127,7 @@ def sampler_table(
         The table that `sampler_step` reads.
 
     Source:
-        UniPC, https://arxiv.org/abs/2302.04867, algorithms 5 to 8 (data prediction) with
+        UniPC, https://arxiv.org/abs/2302.04867: UniP-2 and UniC-2 for data prediction with
         B(h) = exp(-h) - 1; the first and the last step are of first order.
     """
     sigmas, timesteps = sigma_table(steps, shift, kind)
