@@ -34,6 +34,8 @@ class ComponentSource:
             `module.named_parameters()`, in the checkpoint's dtype, matrices as [in, out].
         float32: Inputs and outputs that stay float32 in every precision, such as rotary tables.
         precisions: The graphs to write.
+        heads: Attention heads, where a form with fused attention is to be written as well, for
+            passes over so many keys that their scores would not fit in memory.
     """
 
     name: str
@@ -44,3 +46,4 @@ class ComponentSource:
     layers: tuple[Callable[[], dict[str, torch.Tensor]], ...] = ()
     float32: frozenset[str] = frozenset()
     precisions: tuple[Precision, ...] = PRECISIONS
+    heads: int = 0

@@ -282,6 +282,7 @@ def _block(c: _Config, load: Load) -> ComponentSource:
         ("y", "k_new", "v_new"),
         tuple(partial(_block_weights, c, load, layer) for layer in range(c.layers)),
         float32=frozenset({"modulation", "cos", "sin"}),
+        heads=c.heads,
     )
 
 

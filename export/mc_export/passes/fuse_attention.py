@@ -14,11 +14,12 @@ __all__ = ["fuse_attention"]
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 CONTRIB = "com.microsoft"
 
 
-def fuse_attention(model: ir.Model, heads: int) -> tuple[ir.Model, int]:
+def fuse_attention(model: ir.Model, heads: int) -> ir.Model:
     """Return a copy whose attention is fused; the model is left as it is.
 
     Args:
@@ -26,16 +27,19 @@ def fuse_attention(model: ir.Model, heads: int) -> tuple[ir.Model, int]:
         heads: Attention heads.
 
     Returns:
-        The copy, and how many attentions were fused.
+        The copy.
+
+    Raises:
+        ValueError: An attention is not written in that pattern.
     """
     copy = model.clone()
     graph = copy.graph
     softmaxes = [node for node in graph if node.op_type == "Softmax"]
     for softmax in softmaxes:
         _fuse(graph, softmax, heads)
-    if softmaxes:
-        copy.opset_imports[CONTRIB] = 1
-    return copy, len(softmaxes)
+    copy.opset_imports[CONTRIB] = 1
+    RemoveUnusedNodesPass()(copy)
+    return copy
 
 
 def _fuse(graph: ir.Graph, softmax: ir.Node, heads: int) -> None:

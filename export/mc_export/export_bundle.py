@@ -1,0 +1,184 @@
+"""From an opened checkpoint to a bundle.
+
+Neighbours: `load_checkpoint` comes before, `write_component` writes each part, `BundleWriter`
+publishes the whole; `Bundle.open` reads it.
+"""
+
+__all__ = ["FAMILY", "count_steps", "expected_tensors", "export_bundle"]
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mc_engines.bundle_writer import BundleWriter
+from mc_engines.manifest import Manifest
+from mc_engines.specs import ComponentSpec, Precision
+from mc_export.checkpoint import Checkpoint, Part, check_tensors
+from mc_export.component import ComponentSource
+from mc_export.parity import Comparison, require_parity
+from mc_export.published import published_name
+from mc_export.skyreels_components import (
+    describe_transformer,
+    transformer_components,
+    transformer_tensors,
+)
+from mc_export.umt5 import (
+    describe_text_encoder,
+    text_embedding_table,
+    text_encoder_components,
+    text_encoder_tensors,
+)
+from mc_export.wan_vae_components import describe_vae, vae_components, vae_tensors
+from mc_export.write_component import STORED_TYPES, Report, write_component, write_weights
+
+FAMILY = "skyreels"
+PARITY_REPORT = "reports/parity.json"
+TABLE = "text_embed"
+_PARTS = ("text_encoder", "tokenizer", "vae")
+
+
+def expected_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Name every tensor that the checkpoint's parts must hold.
+
+    Args:
+        checkpoint: As `load_checkpoint` opened it.
+
+    Returns:
+        By part, shapes by tensor name.
+
+    Raises:
+        CheckpointError: A configuration is not one of this family.
+    """
+    expected = {"transformer": transformer_tensors(checkpoint.transformer.config)}
+    if checkpoint.text_encoder is not None:
+        config = checkpoint.text_encoder.config
+        names = checkpoint.text_encoder.tensors.names()
+        expected["text_encoder"] = text_encoder_tensors(config, names)
+    if checkpoint.vae is not None:
+        expected["vae"] = vae_tensors(checkpoint.vae.config)
+    return expected
+
+
+def count_steps(checkpoint: Checkpoint) -> int:
+    """Count the reports of `export_bundle`: two per component, one per weight file.
+
+    Args:
+        checkpoint: As `load_checkpoint` opened it.
+
+    Returns:
+        The total of a progress bar.
+    """
+    steps = 2 * 8 + 2 * int(checkpoint.transformer.config["num_layers"])
+    if checkpoint.text_encoder is not None:
+        layers, norm, table = int(checkpoint.text_encoder.config["num_layers"]), 1, 1
+        steps += 2 * 2 + layers + norm + table
+    return steps + (2 * 4 if checkpoint.vae is not None else 0)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    target: Path,
+    dtype: Precision | None = None,
+    overwrite: bool = False,
+    report: Report = lambda _: None,
+) -> list[Comparison]:
+    """Convert, prove and publish; an error or an interrupt leaves nothing at the target.
+
+    Args:
+        checkpoint: As `load_checkpoint` opened it.
+        target: Folder of the bundle.
+        dtype: Of the stored weights; None keeps the checkpoint's own.
+        overwrite: Replace a bundle that is there.
+        report: Called with a few words after every step.
+
+    Returns:
+        The comparisons with torch, which the bundle holds as well.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, of another shape, or not finite.
+        ParityError: A graph does not compute what the model computes.
+        BundleError: The target is in the way or cannot be written.
+    """
+    for name, expected in expected_tensors(checkpoint).items():
+        check_tensors(name, getattr(checkpoint, name).tensors, expected)
+    specs: dict[str, ComponentSpec] = {}
+    rows: list[Comparison] = []
+    with BundleWriter(target, overwrite) as writer:
+        for part, source in _sources(checkpoint):
+            baked = dtype or _widest(part)
+            stored = None if dtype is None else STORED_TYPES[dtype]
+            spec, compared = write_component(source, writer.folder, stored, baked, report)
+            require_parity(compared)
+            specs[spec.name] = spec
+            rows += compared
+        if checkpoint.text_encoder is not None:
+            _write_table(checkpoint.text_encoder, writer.folder, dtype, report)
+        _write_report(writer.folder, rows)
+        if checkpoint.tokenizer is not None:
+            shutil.copytree(checkpoint.tokenizer, writer.folder / "tokenizer")
+        writer.finish(_manifest(checkpoint, specs, dtype))
+    return rows
+
+
+def _sources(checkpoint: Checkpoint) -> Iterator[tuple[Part, ComponentSource]]:
+    """Every component of every part there is, one at a time in memory."""
+    makers = {
+        "transformer": transformer_components,
+        "text_encoder": text_encoder_components,
+        "vae": vae_components,
+    }
+    for name, make in makers.items():
+        part: Part | None = getattr(checkpoint, name)
+        if part is not None:
+            for source in make(part.config, part.tensors):
+                yield part, source
+
+
+def _widest(part: Part) -> Precision:
+    """The narrowest precision that holds every tensor of the part exactly."""
+    stored = {part.tensors.dtype(name) for name in part.tensors.names()}
+    for precision, dtype in STORED_TYPES.items():
+        if precision != "fp32" and stored == {dtype}:
+            return precision
+    return "fp32"
+
+
+def _write_table(part: Part, folder: Path, dtype: Precision | None, report: Report) -> None:
+    """The token table: rows are looked up by the host, so it is a file and no graph."""
+    load = text_embedding_table(part.tensors)
+    stored = None if dtype is None else STORED_TYPES[dtype]
+    (file,) = write_weights(TABLE, [load], folder, stored, report)
+    (folder / file).rename(folder / f"weights/{TABLE}.safetensors")
+
+
+def _write_report(folder: Path, rows: list[Comparison]) -> None:
+    path = folder / PARITY_REPORT
+    path.parent.mkdir()
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _manifest(
+    checkpoint: Checkpoint, specs: dict[str, ComponentSpec], dtype: Precision | None
+) -> Manifest:
+    config: dict[str, Any] = {"transformer": describe_transformer(checkpoint.transformer.config)}
+    if checkpoint.text_encoder is not None:
+        config["text_encoder"] = describe_text_encoder(checkpoint.text_encoder.config)
+    if checkpoint.vae is not None:
+        config["vae"] = describe_vae(checkpoint.vae.config)
+    return Manifest(
+        FAMILY,
+        published_name(checkpoint.transformer.config),
+        _dtype_name(STORED_TYPES[dtype or _widest(checkpoint.transformer)]),
+        tuple(part for part in _PARTS if getattr(checkpoint, part) is None),
+        config,
+        specs,
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
