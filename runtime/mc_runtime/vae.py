@@ -1,0 +1,240 @@
+"""Between pixels and latents, one causal step at a time, with the state in the caller's hands.
+
+The first step is one pixel frame for one latent frame; every later step is `temporal_factor` pixel
+frames for one latent frame. What is kept between two steps does not grow with the video.
+`mc_export.wan_vae` says what the graphs compute. Neighbours: the pipeline decodes each chunk when
+it is clean; `to_uint8` makes what a video file takes.
+
+Source: the autoencoder's use in diffusers 0.42.1's SkyReels-V2 pipelines and VideoProcessor, from
+which the normalisation and the rounding are taken.
+"""
+
+__all__ = ["VaeConfig", "VaeDecoder", "VaeEncoder", "VaeState", "to_uint8"]
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_engines.runner import Array, Runner
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """What driving an autoencoder takes; the fields are those of the bundle's `config.vae`.
+
+    Attributes:
+        z_dim: Channels of a latent frame.
+        spatial_factor: Pixels per position of a latent frame, along each side.
+        temporal_factor: Pixel frames per latent frame, of every step but the first.
+        latents_mean: Mean of each latent channel.
+        latents_std: Standard deviation of each latent channel.
+    """
+
+    z_dim: int
+    spatial_factor: int
+    temporal_factor: int
+    latents_mean: Sequence[float]
+    latents_std: Sequence[float]
+
+    def normalise(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scale an encoder's latents, shape (z, F, h, w), to those the transformer knows."""
+        mean, inverse_std = self._statistics()
+        return (latents - mean) * inverse_std
+
+    def denormalise(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scale the transformer's latents, shape (z, F, h, w), to those a decoder takes."""
+        mean, inverse_std = self._statistics()
+        return latents / inverse_std + mean
+
+    def _statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        # The reciprocal comes first, and is divided by, because diffusers does so: same rounding.
+        shape = (self.z_dim, 1, 1, 1)
+        mean = np.asarray(self.latents_mean, np.float32).reshape(shape)
+        return mean, np.float32(1) / np.asarray(self.latents_std, np.float32).reshape(shape)
+
+
+@dataclass(frozen=True)
+class VaeState:
+    """What an autoencoder's convolutions remember of the steps so far.
+
+    Attributes:
+        tensors: By name of the later step's inputs.
+    """
+
+    tensors: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class VaeDecoder:
+    """Turns latents into frames.
+
+    Attributes:
+        first: Runs `vae_decoder_first`.
+        later: Runs `vae_decoder_next`.
+        config: The autoencoder's constants.
+    """
+
+    first: Runner
+    later: Runner
+    config: VaeConfig
+
+    def decode(
+        self, latents: NDArray[np.float32], state: VaeState | None = None
+    ) -> tuple[NDArray[np.float32], VaeState]:
+        """Decode the latent frames of a chunk, or of a whole video.
+
+        Args:
+            latents: Normalised, shape (z, F, h, w), at least one latent frame.
+            state: As returned for the latent frames before these; None at the start of a video.
+
+        Returns:
+            Frames in [-1, 1], shape (frames, H, W, 3), and the state for what follows.
+
+        Raises:
+            ValueError: The latents have another shape or dtype, or do not fit the state.
+            EngineError: A graph failed.
+        """
+        steps = list(self.decode_steps(latents, state))
+        return np.concatenate([frames for frames, _ in steps]), steps[-1][1]
+
+    def decode_steps(
+        self, latents: NDArray[np.float32], state: VaeState | None = None
+    ) -> Iterator[tuple[NDArray[np.float32], VaeState]]:
+        """Decode one latent frame after the other; for latents whose frames would fill the memory.
+
+        Args:
+            latents: Normalised, shape (z, F, h, w), at least one latent frame.
+            state: As returned for the latent frames before these; None at the start of a video.
+
+        Yields:
+            For each latent frame its frames in [-1, 1], shape (frames, H, W, 3), and the state.
+
+        Raises:
+            ValueError: The latents have another shape or dtype, or do not fit the state.
+            EngineError: A graph failed.
+        """
+        self._check(latents)
+        latents = self.config.denormalise(latents)
+        for index in range(latents.shape[1]):
+            runner = self.later if state else self.first
+            frames, state = _run_step(runner, latents[:, index : index + 1], state)
+            yield np.ascontiguousarray(frames.transpose(1, 2, 3, 0)), state
+
+    def _check(self, latents: NDArray[np.float32]) -> None:
+        z_dim = self.config.z_dim
+        shaped = latents.ndim == 4 and len(latents) == z_dim and latents.size > 0
+        if not shaped or latents.dtype != np.float32:
+            raise ValueError(
+                f"latents: expected float32 ({z_dim}, F, h, w), got {latents.dtype} "
+                f"{latents.shape}. Give latents as the transformer knows them."
+            )
+
+
+@dataclass(frozen=True)
+class VaeEncoder:
+    """Turns frames into latents: the mode of the posterior, so nothing is drawn.
+
+    Attributes:
+        first: Runs `vae_encoder_first`.
+        later: Runs `vae_encoder_next`.
+        config: The autoencoder's constants.
+    """
+
+    first: Runner
+    later: Runner
+    config: VaeConfig
+
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode a video.
+
+        Args:
+            frames: Shape (1 + k * temporal_factor, H, W, 3), uint8; H and W multiples of the
+                spatial factor.
+
+        Returns:
+            Normalised latents, shape (z, 1 + k, h, w).
+
+        Raises:
+            ValueError: The frames have another count, size, shape or dtype.
+            EngineError: A graph failed.
+        """
+        self._check_count(len(frames))
+        return np.concatenate(list(self.encode_steps(frames)), axis=1)
+
+    def encode_steps(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        """Encode frames as they come; for a video that would fill the memory.
+
+        Args:
+            frames: 1 + k * temporal_factor frames, each of shape (H, W, 3), uint8; H and W
+                multiples of the spatial factor.
+
+        Yields:
+            1 + k normalised latent frames, each of shape (z, 1, h, w).
+
+        Raises:
+            ValueError: The frames have another count, size, shape or dtype.
+            EngineError: A graph failed.
+        """
+        coming = iter(frames)
+        state, count, size = None, 0, 1
+        while step := list(islice(coming, size)):
+            count += len(step)
+            if len(step) < size:
+                break
+            for frame in step:
+                self._check_frame(frame)
+            pixels = (
+                np.stack(step).transpose(3, 0, 1, 2).astype(np.float32, order="C") / 255 * 2 - 1
+            )
+            latents, state = _run_step(self.later if state else self.first, pixels, state)
+            yield self.config.normalise(latents)
+            size = self.config.temporal_factor
+        self._check_count(count)
+
+    def _check_count(self, count: int) -> None:
+        factor = self.config.temporal_factor
+        below = max(count - 1, 0) // factor * factor + 1
+        if count != below:
+            raise ValueError(
+                f"video: expected 1 + a multiple of {factor} frames, got {count}. "
+                f"Use {below} or {below + factor} frames."
+            )
+
+    def _check_frame(self, frame: NDArray[np.uint8]) -> None:
+        factor = self.config.spatial_factor
+        shaped = frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8
+        if not shaped or frame.shape[0] % factor or frame.shape[1] % factor:
+            raise ValueError(
+                f"video: expected frames of uint8 (H, W, 3) with H and W multiples of {factor}, "
+                f"got {frame.dtype} {frame.shape}. Crop or resize the video."
+            )
+
+
+def to_uint8(frames: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Round frames in [-1, 1] to bytes; what lies outside is clipped.
+
+    Args:
+        frames: Pixels of any shape.
+
+    Returns:
+        Pixels of the same shape.
+
+    Example:
+        >>> to_uint8(np.float32([-1.5, -1, 0.5, 1]))
+        array([  0,   0, 191, 255], dtype=uint8)
+    """
+    rounded: NDArray[np.float32] = np.rint(np.clip(frames * 0.5 + 0.5, 0, 1) * 255)
+    return rounded.astype(np.uint8)
+
+
+def _run_step(runner: Runner, data: Array, state: VaeState | None) -> tuple[Array, VaeState]:
+    """Run one step on `data`, shape (C, F, height, width), in the dtype that the graph takes."""
+    taken, given = runner.graph.inputs[0], runner.graph.outputs[0]
+    inputs = {taken.name: data[None].astype(taken.numpy_dtype, copy=False)}
+    outputs = runner.run({**inputs, **(state.tensors if state else {})})
+    result: NDArray[Any] = outputs.pop(given.name)[0].astype(np.float32, copy=False)
+    return result, VaeState({name.removeprefix("next_"): x for name, x in outputs.items()})
