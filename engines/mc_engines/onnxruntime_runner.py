@@ -1,0 +1,144 @@
+"""Running a graph in ONNX Runtime on the CPU.
+
+Neighbours: `Bundle` says where the graph lies and maps the weights that `run` takes.
+"""
+
+__all__ = ["OnnxRuntimeRunner", "open_runner"]
+
+from pathlib import Path
+from typing import Any
+
+from mc_engines.bundle import Bundle
+from mc_engines.errors import EngineError, require
+from mc_engines.runner import Array, Arrays, check_inputs
+from mc_engines.specs import GraphSpec, TensorSpec
+
+_PROVIDER = "CPUExecutionProvider"
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+class OnnxRuntimeRunner:
+    """A graph on the CPU. A session may be run by several threads at once.
+
+    Contiguous inputs and weights are used where they lie; the outputs are new arrays.
+
+    Args:
+        graph: The tensors of the file, as the bundle states them.
+        path: The ONNX file; ONNX Runtime maps the `.onnx.data` beside it.
+        threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+
+    Attributes:
+        graph: The tensors the runner takes and gives.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: The file cannot be loaded, does not have these tensors, or has bfloat16 ones.
+    """
+
+    def __init__(self, graph: GraphSpec, path: Path, threads: int | None = None) -> None:
+        self.graph = graph
+        if any(spec.dtype == "bfloat16" for spec in (*graph.inputs, *graph.weights)):
+            raise EngineError(
+                f"{graph.file}: expected float32 or float16 on the CPU, got bfloat16, "
+                "for which ONNX Runtime has no CPU kernels. Use the form fp32."
+            )
+        self._session = _load(graph.file, path, threads)
+        given = self._session.get_inputs(), self._session.get_outputs()
+        for kind, specs, nodes in zip(
+            ("inputs", "outputs"),
+            ((*graph.inputs, *graph.weights), graph.outputs),
+            given,
+            strict=True,
+        ):
+            _check_nodes(graph.file, kind, specs, nodes)
+        self._output_names = [spec.name for spec in graph.outputs]
+
+    def run(self, inputs: Arrays, weights: Arrays | None = None) -> dict[str, Array]:
+        """Compute the outputs of the graph.
+
+        Args:
+            inputs: One array per spec of `graph.inputs`.
+            weights: One array per spec of `graph.weights`; None where the graph has none.
+
+        Returns:
+            One array per spec of `graph.outputs`.
+
+        Raises:
+            ValueError: A name, dtype or shape is not the one of the spec.
+            EngineError: ONNX Runtime failed.
+        """
+        check_inputs(self.graph, inputs, weights)
+        try:
+            arrays = self._session.run(self._output_names, {**inputs, **(weights or {})})
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            raise EngineError(f"{self.graph.file}: ONNX Runtime: {error}") from error
+        return dict(zip(self._output_names, arrays, strict=True))
+
+
+def open_runner(
+    bundle: Bundle, component: str, form: str = "fp32", threads: int | None = None
+) -> OnnxRuntimeRunner:
+    """Load a graph of a bundle for the CPU.
+
+    Args:
+        bundle: An opened bundle.
+        component: Such as `block`.
+        form: Such as `fp32`.
+        threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+
+    Returns:
+        The runner; weights, where the graph takes any, come from `bundle.layer_weights`.
+
+    Raises:
+        BundleError: The bundle has no such graph.
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: The graph cannot be loaded.
+    """
+    return OnnxRuntimeRunner(
+        bundle.graph(component, form), bundle.graph_path(component, form), threads
+    )
+
+
+def _load(file: str, path: Path, threads: int | None) -> Any:
+    onnxruntime = require("onnxruntime", "cpu")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    # Threads that spin while they wait take the cores that numpy and other sessions need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only: they are raised as well
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[_PROVIDER])
+    except Exception as error:
+        raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+    if session.get_providers() != [_PROVIDER]:
+        raise EngineError(f"{file}: expected {_PROVIDER}, got {session.get_providers()}.")
+    return session
+
+
+def _check_nodes(file: str, kind: str, specs: tuple[TensorSpec, ...], nodes: list[Any]) -> None:
+    found = {node.name: node for node in nodes}
+    expected = {spec.name for spec in specs}
+    if expected != set(found):
+        raise EngineError(
+            f"{file}: expected the {kind} {sorted(expected)}, got {sorted(found)}. "
+            "Export the bundle again."
+        )
+    for spec in specs:
+        node = found[spec.name]
+        fits = _DTYPES.get(node.type) == spec.dtype and len(node.shape) == len(spec.shape)
+        if not fits or any(
+            isinstance(size, int) and isinstance(wanted, int) and size != wanted
+            for size, wanted in zip(node.shape, spec.shape, strict=True)
+        ):
+            raise EngineError(
+                f"{file}: '{spec.name}': expected {spec.describe()}, got {node.type} "
+                f"{node.shape}. Export the bundle again."
+            )
