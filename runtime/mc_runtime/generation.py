@@ -1,0 +1,200 @@
+"""One generation: windows one after the other, chunks decoded as they are finished.
+
+Neighbours: `VideoPipeline.generate` checks the inputs and calls `generate_chunks`; `plan_windows`
+cuts the video, `denoise_window` denoises a window, `VaeDecoder` decodes. Windows hand over
+latents, never pixels.
+"""
+
+__all__ = ["Inputs", "Progress", "generate_chunks"]
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_engines.errors import EngineError
+from mc_runtime.denoise import Request, Window, denoise_window
+from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.sampler import sampler_table
+from mc_runtime.schedule import LatentGrid, StepMatrix, plan_windows, step_matrix
+from mc_runtime.schedule import Window as WindowPlan
+from mc_runtime.transformer import Transformer
+from mc_runtime.vae import VaeDecoder, VaeState, to_uint8
+from motioncache import Policy
+
+CLEAN_TIMESTEP = 0
+Latents = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a generation is, after a row of its schedule.
+
+    Attributes:
+        row: Rows that are done, of all windows.
+        rows: Rows in all.
+        chunk: Chunks that are finished.
+        chunks: Chunks in all.
+        elapsed: Seconds since the start.
+    """
+
+    row: int
+    rows: int
+    chunk: int
+    chunks: int
+    elapsed: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors and settings of a generation; all of them are checked.
+
+    Attributes:
+        embeddings: Of the prompt, and of the negative prompt with guidance, each (1, T, text_dim).
+        noise: Latent frame i of the video starts from noise[:, i]; shape (c, frames, h, w).
+        prefix: Latents that the video begins with, shape (c, n, h, w); n may be 0.
+        options: Accepted by `validate_options`.
+        grid: Of the model.
+    """
+
+    embeddings: tuple[NDArray[np.float32], ...]
+    noise: Latents
+    prefix: Latents
+    options: GenerationOptions
+    grid: LatentGrid
+
+
+class _Output:
+    """Makes `Chunk`s of latents: numbers, times and decodes them in the order of the video."""
+
+    def __init__(self, count: int, decoder: VaeDecoder | None) -> None:
+        self.count = count
+        self.done = 0
+        self.start = time.perf_counter()
+        self._last = self.start
+        self._decoder = decoder
+        self._state: VaeState | None = None
+
+    def emit(self, latents: Latents, computed: Counter[str]) -> Chunk:
+        begin = time.perf_counter()
+        frames = None
+        if self._decoder is not None:
+            pixels, self._state = self._decoder.decode(latents, self._state)
+            if not np.isfinite(pixels).all():
+                raise EngineError(
+                    "vae_decoder: expected finite values, got NaN or infinity in chunk "
+                    f"{self.done}. Check the bundle with mc-inspect --verify."
+                )
+            frames = to_uint8(pixels)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.done += 1
+        index = self.done - 1
+        return Chunk(index, self.count, latents, frames, seconds, now - begin, dict(computed))
+
+
+def generate_chunks(
+    inputs: Inputs,
+    transformer: Transformer,
+    decoder: VaeDecoder | None,
+    policy: Policy,
+    callback: Callable[[Progress], None],
+) -> Iterator[Chunk]:
+    """Denoise every window of the video.
+
+    Args:
+        inputs: Tensors and settings.
+        transformer: Engines and weights.
+        decoder: Makes frames of latents; None leaves them out.
+        policy: Decides which tokens are recomputed.
+        callback: Called after every row of the schedule.
+
+    Yields:
+        Each chunk as soon as it is clean, first those of a given prefix. Together they are the
+        video.
+
+    Raises:
+        EngineError: An engine failed, or computed NaN; the message names component, chunk, step.
+    """
+    options, size = inputs.options, inputs.options.causal_block_size
+    plans = plan_windows(options, inputs.prefix.shape[1], inputs.grid)
+    matrices = [_matrix(plan, options) for plan in plans]
+    rows = sum(len(matrix.step) for matrix in matrices)
+    output = _Output(sum(len(_new_frames(plan, size)) for plan in plans), decoder)
+    video = inputs.noise.copy()  # what is not denoised yet is noise
+    given = plans[0].prefix
+    video[:, :given] = inputs.prefix[:, :given]
+    for first in range(0, given, size):
+        yield output.emit(video[:, first : first + size].copy(), Counter())
+    request = _request(inputs, transformer, policy)
+    done = 0
+    for number, (plan, matrix) in enumerate(zip(plans, matrices, strict=True)):
+        window = _open_window(request, inputs, video, number, plan, matrix)
+
+        def after_row(row: int, before: int = done) -> None:
+            elapsed = time.perf_counter() - output.start
+            callback(Progress(before + row + 1, rows, output.done, output.count, elapsed))
+
+        new = _new_frames(plan, size)
+        for finished in denoise_window(window, after_row):
+            frames = new.get(finished.chunk)
+            if frames is not None:
+                video[:, frames] = finished.latents[:, -(frames.stop - frames.start) :]
+                yield output.emit(video[:, frames].copy(), finished.computed)
+        done += len(matrix.step)
+
+
+def _matrix(plan: WindowPlan, options: GenerationOptions) -> StepMatrix:
+    size = options.causal_block_size
+    steps, lag = options.num_inference_steps, options.ar_step
+    return step_matrix(plan.frames // size, steps, lag, plan.prefix // size)
+
+
+def _new_frames(plan: WindowPlan, size: int) -> dict[int, slice]:
+    """By chunk of the window: the latent frames of the video that it adds, where it adds any."""
+    new = {}
+    for chunk in range(plan.frames // size):
+        start, stop = max(plan.skip, chunk * size), (chunk + 1) * size
+        if start < stop:
+            new[chunk] = slice(plan.first + start, plan.first + stop)
+    return new
+
+
+def _request(inputs: Inputs, transformer: Transformer, policy: Policy) -> Request:
+    """What all windows share; the prompt's keys and the modulation are computed here, once."""
+    options = inputs.options
+    table = sampler_table(
+        options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
+    )
+    timesteps = np.append(table.timesteps, [CLEAN_TIMESTEP, options.addnoise_condition])
+    return Request(
+        transformer,
+        policy,
+        [transformer.encode_context(embedding) for embedding in inputs.embeddings],
+        options.guidance_scale,
+        table,
+        transformer.encode_timesteps(timesteps, options.fps),
+        options.causal_block_size,
+    )
+
+
+def _open_window(
+    request: Request,
+    inputs: Inputs,
+    video: Latents,
+    number: int,
+    plan: WindowPlan,
+    matrix: StepMatrix,
+) -> Window:
+    """Take over the prefix, with its noise, drawn once per window; the rest starts from noise."""
+    options, frames = inputs.options, slice(plan.first, plan.first + plan.frames)
+    latents = inputs.noise[:, frames].copy()
+    prefix = video[:, plan.first : plan.first + plan.prefix]
+    latents[:, : plan.prefix] = prefix
+    share = np.float32(0.001 * options.addnoise_condition)
+    drawn = np.random.default_rng([options.seed, number + 1])
+    noise = drawn.standard_normal(prefix.shape, np.float32)
+    return Window(request, latents, (1 - share) * prefix + share * noise, matrix)

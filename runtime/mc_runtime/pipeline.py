@@ -1,0 +1,324 @@
+"""From a prompt to a video: `VideoPipeline` opens a bundle and generates chunk by chunk.
+
+The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `VaeDecoder.decode`;
+`mc_runtime.video` writes the frames.
+"""
+
+__all__ = ["Video", "VideoPipeline"]
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_engines.bundle import Bundle
+from mc_engines.onnxruntime_runner import open_runner
+from mc_engines.runner import Runner
+from mc_runtime.generation import Inputs, Progress, generate_chunks
+from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.schedule import LatentGrid, validate_options
+from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
+from mc_runtime.transformer import Transformer, open_transformer
+from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
+from motioncache import POLICIES, Policy
+
+FAMILY = "skyreels"
+Embedding = NDArray[np.float32]
+Latents = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A whole video.
+
+    Attributes:
+        latents: shape (16, frames, h, w).
+        frames: Pixels, shape (num_frames, height, width, 3), uint8; None without a VAE.
+    """
+
+    latents: Latents
+    frames: NDArray[np.uint8] | None
+
+
+class VideoPipeline:
+    """A bundle that is ready to generate. Several threads may generate at once.
+
+    Attributes:
+        bundle: What was opened.
+        threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        if bundle.manifest.family != FAMILY:
+            raise ValueError(
+                f"{bundle.path}: expected a bundle of the family {FAMILY}, "
+                f"got {bundle.manifest.family}. Export a SkyReels-V2 checkpoint."
+            )
+        self.bundle = bundle
+        self.threads = threads
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, threads: int | None = None) -> "VideoPipeline":
+        """Open a bundle.
+
+        Args:
+            path: Its folder.
+            threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+
+        Returns:
+            The pipeline; engines are loaded when they are first needed.
+
+        Raises:
+            BundleError: The bundle is damaged or incomplete.
+            ValueError: The bundle is of another family.
+        """
+        return cls(Bundle.open(path), threads)
+
+    @cached_property
+    def transformer(self) -> Transformer:
+        """The transformer's engines."""
+        return open_transformer(self.bundle, self.threads)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder's engines; raises BundleError where the bundle has none."""
+        layer, norm = self._open("text_layer"), self._open("text_norm")
+        config = self.bundle.manifest.config["text_encoder"]
+        return TextEncoder(
+            Tokenizer.from_folder(self.bundle.path / "tokenizer"),
+            self.bundle.map_tensors("weights/text_embed.safetensors")["table"],
+            layer,
+            norm,
+            lambda number: self.bundle.layer_weights("text_layer", number, "fp32"),
+            lambda: self.bundle.layer_weights("text_norm", 0, "fp32"),
+            config["layers"],
+            config["relative_buckets"],
+            config["relative_max_distance"],
+        )
+
+    @cached_property
+    def decoder(self) -> VaeDecoder:
+        """The VAE's decoder; raises BundleError where the bundle has none."""
+        first, later = self._open("vae_decoder_first"), self._open("vae_decoder_next")
+        return VaeDecoder(first, later, self._vae_config)
+
+    @cached_property
+    def encoder(self) -> VaeEncoder:
+        """The VAE's encoder; raises BundleError where the bundle has none."""
+        first, later = self._open("vae_encoder_first"), self._open("vae_encoder_next")
+        return VaeEncoder(first, later, self._vae_config)
+
+    def _open(self, component: str) -> Runner:
+        return open_runner(self.bundle, component, "fp32", self.threads)
+
+    @property
+    def _vae_config(self) -> VaeConfig:
+        return VaeConfig(**self.bundle.manifest.config["vae"])
+
+    @property
+    def grid(self) -> LatentGrid:
+        """Pixels per latent and latents per token; Wan's factors where there is no VAE."""
+        patch_size = tuple(self.bundle.manifest.config["transformer"]["patch_size"])
+        vae = self.bundle.manifest.config.get("vae")
+        if vae is None:
+            return LatentGrid(patch_size=patch_size)
+        return LatentGrid(vae["temporal_factor"], vae["spatial_factor"], patch_size)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        negative_prompt: str | None = None,
+        prompt_embeds: Embedding | None = None,
+        negative_prompt_embeds: Embedding | None = None,
+        latents: Latents | None = None,
+        video: NDArray[np.uint8] | None = None,
+        image: Any = None,
+        policy: Policy | str = "none",
+        decode: bool = True,
+        callback: Callable[[Progress], None] | None = None,
+        note: Callable[[str], None] = warnings.warn,
+        options: GenerationOptions | None = None,
+        **settings: Any,
+    ) -> Iterator[Chunk]:
+        """Generate a video and yield each chunk as soon as it is clean.
+
+        Everything is checked before this returns; the work begins with the first `next`.
+
+        Args:
+            prompt: What to show.
+            negative_prompt: What not to show; empty if it is not given. Used with guidance alone.
+            prompt_embeds: Instead of `prompt`, shape (1, T, text_dim), float32.
+            negative_prompt_embeds: Instead of `negative_prompt`, the same shape but for T.
+            latents: Initial noise, shape (16, frames, h, w), float32; drawn from `seed` if None.
+            video: Frames to continue, shape (n, height, width, 3), uint8; the last
+                `overlap_history` of them are encoded, and the video begins with them.
+            image: Refused: one frame does not fill a chunk.
+            policy: A cache policy, or the name of one.
+            decode: Decode the latents to frames.
+            callback: Called after every row of the schedule; an exception it raises ends the run.
+            note: Called with what the caller should know, such as that the prompt was cut.
+            options: Settings; the defaults if None.
+            **settings: Single fields of `GenerationOptions`, over those of `options`.
+
+        Returns:
+            An iterator of chunks.
+
+        Raises:
+            ValueError: A setting or an input that cannot be generated from.
+            TypeError: An unknown setting.
+            BundleError: The bundle lacks what the inputs need, such as a text encoder.
+        """
+        if image is not None:
+            raise ValueError(
+                "image: expected None, got an image. One frame is one latent frame and does not "
+                "fill a chunk: pass a clip of at least 17 frames as video."
+            )
+        chosen = replace(options or GenerationOptions(), **settings)
+        prefix = self._encode_prefix(video, chosen)
+        validate_options(chosen, prefix.shape[1], self.grid)
+        inputs = Inputs(
+            embeddings=self._embeddings(
+                (prompt, prompt_embeds, "prompt"),
+                (negative_prompt, negative_prompt_embeds, "negative_prompt"),
+                chosen.guidance_scale > 1,
+                note,
+            ),
+            noise=self._noise(latents, chosen),
+            prefix=prefix,
+            options=chosen,
+            grid=self.grid,
+        )
+        decoder = self.decoder if decode else None
+        return generate_chunks(
+            inputs, self.transformer, decoder, find_policy(policy), callback or (lambda _: None)
+        )
+
+    def run(self, prompt: str | None = None, **arguments: Any) -> Video:
+        """Generate a whole video.
+
+        Args:
+            prompt: What to show.
+            **arguments: As for `generate`.
+
+        Returns:
+            The latents, and the frames unless `decode` is False.
+
+        Raises:
+            ValueError: As `generate`.
+            EngineError: An engine failed, or computed NaN.
+        """
+        chunks = list(self.generate(prompt, **arguments))
+        frames = [chunk.frames for chunk in chunks if chunk.frames is not None]
+        latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
+        return Video(latents, np.concatenate(frames) if frames else None)
+
+    def _encode_prefix(
+        self, video: NDArray[np.uint8] | None, options: GenerationOptions
+    ) -> Latents:
+        """Latents of the frames to continue; of none without a video."""
+        if video is None:
+            return np.zeros(self._latent_shape(0, options), np.float32)
+        expected = (options.height, options.width, 3)
+        if video.shape[1:] != expected or video.dtype != np.uint8:
+            raise ValueError(
+                f"video: expected uint8 (n, {', '.join(map(str, expected))}), "
+                f"got {video.dtype} {video.shape}. Resize the frames."
+            )
+        return self.encoder.encode(video[-options.overlap_history :])
+
+    def _latent_shape(self, frames: int, options: GenerationOptions) -> tuple[int, ...]:
+        channels = self.bundle.manifest.config["transformer"]["in_channels"]
+        factor = self.grid.spatial_factor
+        return channels, frames, options.height // factor, options.width // factor
+
+    def _noise(self, latents: Latents | None, options: GenerationOptions) -> Latents:
+        """Initial latents of the whole video, given or drawn."""
+        shape = self._latent_shape(self.grid.latent_frames(options.num_frames), options)
+        if latents is None:
+            return np.random.default_rng(options.seed).standard_normal(shape, np.float32)
+        _check_array("latents", latents, shape)
+        return latents
+
+    def _embeddings(
+        self,
+        positive: tuple[str | None, Embedding | None, str],
+        negative: tuple[str | None, Embedding | None, str],
+        guided: bool,
+        note: Callable[[str], None],
+    ) -> tuple[Embedding, ...]:
+        """Embedding of the prompt and, with guidance, of the negative prompt."""
+        text, given, _ = positive
+        if (text is None) == (given is None):
+            raise ValueError(
+                "prompt: expected either prompt or prompt_embeds, "
+                f"got {'neither' if text is None else 'both'}. Pass one of them."
+            )
+        branches = [positive]
+        if guided:
+            text, given, name = negative
+            if text is not None and given is not None:
+                raise ValueError(
+                    "negative_prompt: expected negative_prompt or negative_prompt_embeds, "
+                    "got both. Pass one of them."
+                )
+            branches.append(("" if given is None and text is None else text, given, name))
+        return tuple(self._embedding(*branch, note) for branch in branches)
+
+    def _embedding(
+        self, text: str | None, given: Embedding | None, name: str, note: Callable[[str], None]
+    ) -> Embedding:
+        if given is not None:
+            text_dim = self.bundle.manifest.config["transformer"]["text_dim"]
+            _check_array(f"{name}_embeds", given, (1, "T", text_dim))
+            return given
+        assert text is not None
+        encoder = self.text_encoder
+        limit = int(self.bundle.manifest.config["text_encoder"]["max_tokens"])
+        encoded = encode_prompt(text, encoder, limit)
+        if encoded.cut:
+            note(
+                f"{name}: expected at most {limit} tokens, got {limit + encoded.cut}. "
+                f"The last {encoded.cut} were cut."
+            )
+        return encoded.embedding
+
+
+def find_policy(policy: Policy | str) -> Policy:
+    """Look up a policy by its name.
+
+    Args:
+        policy: A policy, which is returned, or a name.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: There is no policy of that name.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy}.")
+    return POLICIES[policy]()
+
+
+def _check_array(name: str, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:
+    """Refuse an array of another dtype or shape, or with NaN; a symbol stands for any size."""
+    fits = array.ndim == len(shape) and all(
+        isinstance(expected, str) or size == expected
+        for size, expected in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype != np.float32:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{name}: expected float32 ({wanted}), got {array.dtype} {array.shape}. "
+            "Its sizes follow from the model, num_frames, height and width."
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity.")

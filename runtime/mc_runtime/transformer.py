@@ -1,0 +1,252 @@
+"""The transformer's engines with their weights bound: what one pass over a chunk computes.
+
+Neighbours: `open_transformer` takes the graphs and weights from a bundle; `denoise` decides which
+chunk, step and tokens; `KeyCache` holds what earlier passes left behind.
+
+Axes: L tokens of a chunk, K recomputed tokens, S cache slots, C channels, H heads, D head size.
+"""
+
+__all__ = ["Conditions", "KeyCache", "Transformer", "TransformerConfig", "open_transformer"]
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_engines.bundle import Bundle
+from mc_engines.onnxruntime_runner import open_runner
+from mc_engines.runner import Array, Arrays, Runner
+
+FPS_WITH_ID_0 = 16  # every other frame rate has id 1 (SkyReels-V2, diffusion_forcing_pipeline.py)
+# Above this much of attention scores in one pass, the form with fused attention runs: it is then
+# faster, and at 540P the only one that fits in memory; below, the plain form is as fast.
+FUSED_ATTENTION_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the transformer; docs/bundle.md describes each field.
+
+    Attributes:
+        layers: Blocks.
+        dim: Channels C.
+        heads: Attention heads H.
+        head_dim: D.
+        text_dim: Channels of the text embedding.
+        in_channels: Channels of the latents.
+        out_channels: Channels of the velocity.
+        patch_size: Latents per token along time, height and width.
+        fps_embedding: Whether the model is told the frame rate.
+        rope_theta: Base of the rotary frequencies.
+        rope_axes: Head dimensions of time, height and width.
+        rope_max_positions: Positions that the model knows on each axis.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    head_dim: int
+    text_dim: int
+    in_channels: int
+    out_channels: int
+    patch_size: tuple[int, int, int]
+    fps_embedding: bool
+    rope_theta: float
+    rope_axes: tuple[int, int, int]
+    rope_max_positions: int
+
+    @classmethod
+    def from_manifest(cls, config: Mapping[str, Any]) -> "TransformerConfig":
+        """Read the manifest's `config.transformer`; fields that a run does not need are ignored."""
+        values = {name: config[name] for name in cls.__dataclass_fields__}
+        tuples = {name: tuple(config[name]) for name in ("patch_size", "rope_axes")}
+        return cls(**(values | tuples))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is told of each timestep of a run; one row per timestep.
+
+    Attributes:
+        modulation: Of the blocks, shape (n, 6, C).
+        head_modulation: Of the head, shape (n, C).
+    """
+
+    modulation: NDArray[np.float32]
+    head_modulation: NDArray[np.float32]
+
+
+class KeyCache:
+    """Keys and values of one branch in one window, written in place.
+
+    Args:
+        config: Of the transformer.
+        slots: Tokens S of the whole window.
+
+    Attributes:
+        slots: S.
+        keys: Per layer, rotated, shape (1, H, S, D).
+        values: Per layer, shape (1, H, S, D).
+    """
+
+    def __init__(self, config: TransformerConfig, slots: int) -> None:
+        shape = (1, config.heads, slots, config.head_dim)
+        self.slots = slots
+        self.keys = [np.zeros(shape, np.float32) for _ in range(config.layers)]
+        self.values = [np.zeros(shape, np.float32) for _ in range(config.layers)]
+
+    def map_visible(self, first: int, rows: Array, tokens: int) -> NDArray[np.int32]:
+        """Say where the keys that a chunk sees lie: its own and those before it.
+
+        Args:
+            first: Slot of the chunk's first token.
+            rows: The chunk's tokens that are recomputed, shape (K,).
+            tokens: L.
+
+        Returns:
+            s for a key in slot s, S + j for that of recomputed token j; shape (first + L,).
+        """
+        visible = np.arange(first + tokens, dtype=np.int32)
+        visible[first + rows] = self.slots + np.arange(len(rows), dtype=np.int32)
+        return visible
+
+    def write(self, layer: int, slots: Array | slice, keys: Array, values: Array) -> None:
+        """Put new rows (1, H, K, D) of a layer into their slots."""
+        self.keys[layer][:, :, slots] = keys
+        self.values[layer][:, :, slots] = values
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Engines and weights; shared by every generation, and never changed by one.
+
+    Attributes:
+        config: Sizes.
+        runners: By component: text_projection, context, timestep, embed, block, head.
+        fused_block: The block with fused attention, for passes with very many scores.
+        block_weights: Per layer.
+        context_weights: Loads the weights of one layer.
+    """
+
+    config: TransformerConfig
+    runners: Mapping[str, Runner]
+    fused_block: Runner
+    block_weights: Sequence[Arrays]
+    context_weights: Callable[[int], Arrays]
+
+    def encode_context(self, embedding: NDArray[np.float32]) -> list[dict[str, Array]]:
+        """Compute the keys and values of a prompt, once per prompt.
+
+        Args:
+            embedding: Of the text encoder, shape (1, T, text_dim).
+
+        Returns:
+            Per layer, `cross_k` and `cross_v`, each (1, H, T, D).
+        """
+        text = self.runners["text_projection"].run({"embedding": embedding})
+        context = self.runners["context"]
+        layers = range(self.config.layers)
+        return [context.run(text, self.context_weights(layer)) for layer in layers]
+
+    def encode_timesteps(self, timesteps: NDArray[np.int64], fps: int) -> Conditions:
+        """Compute the modulation of every timestep, once per run.
+
+        Args:
+            timesteps: 0 to 999, shape (n,), int64.
+            fps: Frames per second; ignored by a model that is not told.
+
+        Returns:
+            One row per timestep.
+        """
+        inputs: dict[str, Array] = {"timesteps": timesteps}
+        if self.config.fps_embedding:
+            inputs["fps_id"] = np.array([0 if fps == FPS_WITH_ID_0 else 1])
+        outputs = self.runners["timestep"].run(inputs)
+        return Conditions(outputs["modulation"], outputs["head_modulation"])
+
+    def embed(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed a chunk's patches (1, L, c*ph*pw) as tokens (1, L, C)."""
+        return self.runners["embed"].run({"patches": patches})["x"]
+
+    def recompute(
+        self,
+        x: NDArray[np.float32],
+        rows: NDArray[np.intp],
+        modulation: NDArray[np.float32],
+        angles: tuple[NDArray[np.float32], NDArray[np.float32]],
+        context: Sequence[Arrays],
+        cache: KeyCache,
+        first: int,
+    ) -> NDArray[np.float32]:
+        """Run all blocks for some tokens of a chunk and put their keys into the cache.
+
+        Args:
+            x: All embedded tokens of the chunk, shape (1, L, C).
+            rows: The tokens to recompute, ascending, shape (K,).
+            modulation: Of the chunk's timestep, shape (1, 6, C).
+            angles: cos and sin of every token of the chunk, each (L, D/2).
+            context: Per layer, from `encode_context`.
+            cache: Keys of this branch; the rows of these tokens are overwritten.
+            first: Slot of the chunk's first token.
+
+        Returns:
+            The last block's output for these tokens, shape (1, K, C).
+        """
+        tokens = x.shape[1]
+        whole = len(rows) == tokens
+        slots = slice(first, first + tokens) if whole else first + rows
+        kv_map = cache.map_visible(first, rows, tokens)
+        inputs: dict[str, Array] = {
+            "frame_ids": np.zeros(len(rows), np.int32),
+            "modulation": modulation,
+            "cos": angles[0] if whole else angles[0][rows],
+            "sin": angles[1] if whole else angles[1][rows],
+            "kv_map": kv_map,
+        }
+        scores = 4 * self.config.heads * len(rows) * len(kv_map)
+        block = self.fused_block if scores > FUSED_ATTENTION_BYTES else self.runners["block"]
+        y = x if whole else x[:, rows]
+        for layer, weights in enumerate(self.block_weights):
+            cached = {"k_cache": cache.keys[layer], "v_cache": cache.values[layer]}
+            outputs = block.run({"x": y, **inputs, **context[layer], **cached}, weights)
+            y = outputs["y"]
+            cache.write(layer, slots, outputs["k_new"], outputs["v_new"])
+        return y
+
+    def head(
+        self, out: NDArray[np.float32], head_modulation: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Compute patches of velocity (1, L, ph*pw*c) from out (1, L, C), modulation (1, C)."""
+        inputs = {
+            "out": out,
+            "frame_ids": np.zeros(out.shape[1], np.int32),
+            "head_modulation": head_modulation,
+        }
+        return self.runners["head"].run(inputs)["patches"]
+
+
+def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
+    """Load the transformer's graphs and weights for the CPU, in float32.
+
+    Args:
+        bundle: An opened bundle.
+        threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+
+    Returns:
+        The transformer; weights stored as float32 stay mapped, others are cast in memory.
+
+    Raises:
+        BundleError: The bundle lacks a graph or a weight.
+        EngineError: A graph cannot be loaded.
+    """
+    names = ("text_projection", "context", "timestep", "embed", "block", "head")
+    config = TransformerConfig.from_manifest(bundle.manifest.config["transformer"])
+    return Transformer(
+        config,
+        {name: open_runner(bundle, name, "fp32", threads) for name in names},
+        open_runner(bundle, "block", "fp32-mha", threads),
+        [bundle.layer_weights("block", layer, "fp32") for layer in range(config.layers)],
+        lambda layer: bundle.layer_weights("context", layer, "fp32"),
+    )
