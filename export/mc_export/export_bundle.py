@@ -4,7 +4,7 @@ Neighbours: `load_checkpoint` comes before, `write_component` writes each part, 
 publishes the whole; `Bundle.open` reads it.
 """
 
-__all__ = ["FAMILY", "count_steps", "expected_tensors", "export_bundle"]
+__all__ = ["FAMILY", "count_steps", "expected_tensors", "export_bundle", "stored_precision"]
 
 import json
 import shutil
@@ -39,6 +39,7 @@ from mc_export.write_component import STORED_TYPES, Report, write_component, wri
 FAMILY = "skyreels"
 PARITY_REPORT = "reports/parity.json"
 TABLE = "text_embed"
+MAX_TEXT_TOKENS = 512  # that the transformer was trained with (SkyReels-V2, text_len)
 _PARTS = ("text_encoder", "tokenizer", "vae")
 
 
@@ -110,7 +111,7 @@ def export_bundle(
     rows: list[Comparison] = []
     with BundleWriter(target, overwrite) as writer:
         for part, source in _sources(checkpoint):
-            baked = dtype or _widest(part)
+            baked = dtype or stored_precision(part)
             stored = None if dtype is None else STORED_TYPES[dtype]
             spec, compared = write_component(source, writer.folder, stored, baked, report)
             require_parity(compared)
@@ -139,8 +140,15 @@ def _sources(checkpoint: Checkpoint) -> Iterator[tuple[Part, ComponentSource]]:
                 yield part, source
 
 
-def _widest(part: Part) -> Precision:
-    """The narrowest precision that holds every tensor of the part exactly."""
+def stored_precision(part: Part) -> Precision:
+    """Find the narrowest precision that holds every tensor of a part exactly.
+
+    Args:
+        part: Of a checkpoint.
+
+    Returns:
+        `fp16` or `bf16` if all of its tensors are stored so, else `fp32`.
+    """
     stored = {part.tensors.dtype(name) for name in part.tensors.names()}
     for precision, dtype in STORED_TYPES.items():
         if precision != "fp32" and stored == {dtype}:
@@ -167,13 +175,14 @@ def _manifest(
 ) -> Manifest:
     config: dict[str, Any] = {"transformer": describe_transformer(checkpoint.transformer.config)}
     if checkpoint.text_encoder is not None:
-        config["text_encoder"] = describe_text_encoder(checkpoint.text_encoder.config)
+        encoder = describe_text_encoder(checkpoint.text_encoder.config)
+        config["text_encoder"] = encoder | {"max_tokens": MAX_TEXT_TOKENS}
     if checkpoint.vae is not None:
         config["vae"] = describe_vae(checkpoint.vae.config)
     return Manifest(
         FAMILY,
         published_name(checkpoint.transformer.config),
-        _dtype_name(STORED_TYPES[dtype or _widest(checkpoint.transformer)]),
+        _dtype_name(STORED_TYPES[dtype or stored_precision(checkpoint.transformer)]),
         tuple(part for part in _PARTS if getattr(checkpoint, part) is None),
         config,
         specs,

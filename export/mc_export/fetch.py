@@ -3,16 +3,13 @@
 Neighbours: `PUBLISHED` says where each lies, `load_checkpoint` opens what comes back.
 """
 
-__all__ = ["FAMILY_DEFAULTS", "fetch_checkpoint"]
+__all__ = ["fetch_checkpoint"]
 
 from pathlib import Path
 
 from mc_engines.errors import CheckpointError, MissingExtraError, require
 from mc_export.checkpoint import ACCEPTED_FORMS
-from mc_export.published import PUBLISHED
-
-# The published checkpoint that stands for its family: the one that fits a single GPU.
-FAMILY_DEFAULTS = {"skyreels": "skyreels-df-1.3b-540p"}
+from mc_export.published import FAMILY_DEFAULTS, PUBLISHED
 
 # What `load_checkpoint` opens, and the licence; not the pictures and the pickled twins.
 _WANTED = (

@@ -4,7 +4,7 @@ Neighbours: `fetch_checkpoint` fetches one; `load_checkpoint` fills in what the 
 leaves out; a random checkpoint of a real size takes its configuration from here.
 """
 
-__all__ = ["PUBLISHED", "UMT5_XXL", "WAN21_VAE", "Published", "published_name"]
+__all__ = ["FAMILY_DEFAULTS", "PUBLISHED", "UMT5_XXL", "WAN21_VAE", "Published", "published_name"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,6 +72,9 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         ),
     }
 )
+
+# The published checkpoint that stands for its family: the one that fits a single GPU.
+FAMILY_DEFAULTS: Mapping[str, str] = MappingProxyType({"skyreels": "skyreels-df-1.3b-540p"})
 
 # The text encoder that all of them share, with the keys of transformers' UMT5Config.
 # Source: SkyReels-V2, skyreels_v2_infer/modules/t5.py, umt5_xxl (commit abed76f).

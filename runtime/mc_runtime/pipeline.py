@@ -28,6 +28,10 @@ from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
 from motioncache import POLICIES, Policy
 
 FAMILY = "skyreels"
+IMAGE_REFUSED = (
+    "image: expected none, got one. One frame is one latent frame and does not fill a chunk: "
+    "pass a clip of at least 17 frames as video."
+)
 Embedding = NDArray[np.float32]
 Latents = NDArray[np.float32]
 
@@ -148,7 +152,7 @@ class VideoPipeline:
     ) -> Iterator[Chunk]:
         """Generate a video and yield each chunk as soon as it is clean.
 
-        Everything is checked before this returns; the work begins with the first `next`.
+        Everything is checked, and prompts are encoded, before this returns.
 
         Args:
             prompt: What to show.
@@ -175,28 +179,22 @@ class VideoPipeline:
             BundleError: The bundle lacks what the inputs need, such as a text encoder.
         """
         if image is not None:
-            raise ValueError(
-                "image: expected None, got an image. One frame is one latent frame and does not "
-                "fill a chunk: pass a clip of at least 17 frames as video."
-            )
+            raise ValueError(IMAGE_REFUSED)
         chosen = replace(options or GenerationOptions(), **settings)
         prefix = self._encode_prefix(video, chosen)
         validate_options(chosen, prefix.shape[1], self.grid)
-        inputs = Inputs(
-            embeddings=self._embeddings(
-                (prompt, prompt_embeds, "prompt"),
-                (negative_prompt, negative_prompt_embeds, "negative_prompt"),
-                chosen.guidance_scale > 1,
-                note,
-            ),
-            noise=self._noise(latents, chosen),
-            prefix=prefix,
-            options=chosen,
-            grid=self.grid,
-        )
+        branches = [_pick("prompt", prompt, prompt_embeds)]
+        if chosen.guidance_scale > 1:
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt = ""
+            branches.append(_pick("negative_prompt", negative_prompt, negative_prompt_embeds))
+        embeddings = tuple(self._embed_text(*branch, note) for branch in branches)
+        noise = self._noise(latents, chosen)
+        inputs = Inputs(embeddings, noise, prefix, chosen, self.grid)
         decoder = self.decoder if decode else None
+        chosen_policy = find_policy(policy)
         return generate_chunks(
-            inputs, self.transformer, decoder, find_policy(policy), callback or (lambda _: None)
+            inputs, self.transformer, decoder, chosen_policy, callback or (lambda _: None)
         )
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
@@ -245,39 +243,14 @@ class VideoPipeline:
         _check_array("latents", latents, shape)
         return latents
 
-    def _embeddings(
-        self,
-        positive: tuple[str | None, Embedding | None, str],
-        negative: tuple[str | None, Embedding | None, str],
-        guided: bool,
-        note: Callable[[str], None],
-    ) -> tuple[Embedding, ...]:
-        """Embedding of the prompt and, with guidance, of the negative prompt."""
-        text, given, _ = positive
-        if (text is None) == (given is None):
-            raise ValueError(
-                "prompt: expected either prompt or prompt_embeds, "
-                f"got {'neither' if text is None else 'both'}. Pass one of them."
-            )
-        branches = [positive]
-        if guided:
-            text, given, name = negative
-            if text is not None and given is not None:
-                raise ValueError(
-                    "negative_prompt: expected negative_prompt or negative_prompt_embeds, "
-                    "got both. Pass one of them."
-                )
-            branches.append(("" if given is None and text is None else text, given, name))
-        return tuple(self._embedding(*branch, note) for branch in branches)
-
-    def _embedding(
-        self, text: str | None, given: Embedding | None, name: str, note: Callable[[str], None]
+    def _embed_text(
+        self, name: str, text: str | Embedding, note: Callable[[str], None]
     ) -> Embedding:
-        if given is not None:
+        """Encode a prompt; an embedding that was given is checked and returned."""
+        if not isinstance(text, str):
             text_dim = self.bundle.manifest.config["transformer"]["text_dim"]
-            _check_array(f"{name}_embeds", given, (1, "T", text_dim))
-            return given
-        assert text is not None
+            _check_array(f"{name}_embeds", text, (1, "T", text_dim))
+            return text
         encoder = self.text_encoder
         limit = int(self.bundle.manifest.config["text_encoder"]["max_tokens"])
         encoded = encode_prompt(text, encoder, limit)
@@ -306,6 +279,17 @@ def find_policy(policy: Policy | str) -> Policy:
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy}.")
     return POLICIES[policy]()
+
+
+def _pick(name: str, text: str | None, embedding: Embedding | None) -> tuple[str, str | Embedding]:
+    """The one of both that is given."""
+    given = [value for value in (text, embedding) if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{name}: expected either {name} or {name}_embeds, "
+            f"got {'both' if given else 'neither'}. Pass one of them."
+        )
+    return name, given[0]
 
 
 def _check_array(name: str, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:

@@ -8,6 +8,7 @@ Axes: L tokens of a chunk, K recomputed tokens, S cache slots, C channels, H hea
 
 __all__ = ["Conditions", "KeyCache", "Transformer", "TransformerConfig", "open_transformer"]
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ FPS_WITH_ID_0 = 16  # every other frame rate has id 1 (SkyReels-V2, diffusion_fo
 # Above this much of attention scores in one pass, the form with fused attention runs: it is then
 # faster, and at 540P the only one that fits in memory; below, the plain form is as fast.
 FUSED_ATTENTION_BYTES = 256 * 2**20
+HELD_WEIGHTS_BYTES = 8 * 10**9  # DF-1.3B takes 5.6 GB as float32, DF-14B 56 GB
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,14 @@ class Transformer:
         config: Sizes.
         runners: By component: text_projection, context, timestep, embed, block, head.
         fused_block: The block with fused attention, for passes with very many scores.
-        block_weights: Per layer.
-        context_weights: Loads the weights of one layer.
+        block_weights: Gives the weights of one layer of `block`.
+        context_weights: Gives those of `context`.
     """
 
     config: TransformerConfig
     runners: Mapping[str, Runner]
     fused_block: Runner
-    block_weights: Sequence[Arrays]
+    block_weights: Callable[[int], Arrays]
     context_weights: Callable[[int], Arrays]
 
     def encode_context(self, embedding: NDArray[np.float32]) -> list[dict[str, Array]]:
@@ -208,9 +210,11 @@ class Transformer:
         scores = 4 * self.config.heads * len(rows) * len(kv_map)
         block = self.fused_block if scores > FUSED_ATTENTION_BYTES else self.runners["block"]
         y = x if whole else x[:, rows]
-        for layer, weights in enumerate(self.block_weights):
+        for layer in range(self.config.layers):
             cached = {"k_cache": cache.keys[layer], "v_cache": cache.values[layer]}
-            outputs = block.run({"x": y, **inputs, **context[layer], **cached}, weights)
+            outputs = block.run(
+                {"x": y, **inputs, **context[layer], **cached}, self.block_weights(layer)
+            )
             y = outputs["y"]
             cache.write(layer, slots, outputs["k_new"], outputs["v_new"])
         return y
@@ -247,6 +251,15 @@ def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
         config,
         {name: open_runner(bundle, name, "fp32", threads) for name in names},
         open_runner(bundle, "block", "fp32-mha", threads),
-        [bundle.layer_weights("block", layer, "fp32") for layer in range(config.layers)],
+        _block_weights(bundle, config.layers),
         lambda layer: bundle.layer_weights("context", layer, "fp32"),
     )
+
+
+def _block_weights(bundle: Bundle, layers: int) -> Callable[[int], Arrays]:
+    """Hold the weights of all layers, or, where that is too much, cast one layer per pass."""
+    weights = bundle.graph("block", "fp32").weights
+    held = layers * sum(4 * math.prod(int(size) for size in spec.shape) for spec in weights)
+    if held > HELD_WEIGHTS_BYTES:
+        return lambda layer: bundle.layer_weights("block", layer, "fp32")
+    return [bundle.layer_weights("block", layer, "fp32") for layer in range(layers)].__getitem__
