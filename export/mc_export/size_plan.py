@@ -1,0 +1,350 @@
+"""What an export and a run of it will take, by arithmetic alone: the plan of `mc-export --dry-run`.
+
+Parameters are counted from the shapes that the adapters expect of a checkpoint, so that there is
+no second formula for them. Bytes are decimal: 1 GB is 10^9.
+
+Symbols: L tokens of a chunk, S tokens of a window, C channels, H heads.
+"""
+
+__all__ = ["ComponentSize", "RunSizes", "SizePlan", "plan_sizes", "render_plan"]
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mc_export.tensor_source import Shape
+
+_SPATIAL_FACTOR = 8
+_TEMPORAL_FACTOR = 4
+_TEXT_TOKENS = 512
+_BRANCHES = 2
+
+# A larger score matrix than this makes the runtime take the fused form of the attention.
+_FUSED_ABOVE_BYTES = 256e6
+
+# The component that takes each tensor: the first whose pattern fits.
+_COMPONENTS = {
+    "transformer": {
+        "context": r"blocks\.\d+\.attn2\.(to_k|to_v|norm_k)\..+",
+        "block": r"blocks\..+",
+        "text_projection": r"condition_embedder\.text_embedder\..+",
+        "timestep": r"(condition_embedder|fps_embedding|fps_projection)\..+",
+        "embed": r"patch_embedding\..+",
+        "head": r".+",
+    },
+    "text_encoder": {
+        "text_embedding": r"(shared|encoder\.embed_tokens)\.weight",
+        "text_layer": r"encoder\.block\..+",
+        "text_norm": r".+",
+    },
+    "vae": {"vae_encoder": r"(encoder|quant_conv)\..+", "vae_decoder": r".+"},
+}
+_LAYER = re.compile(r"(?:blocks|encoder\.block)\.(\d+)\.")
+# Copied from file to file; it is no graph.
+_TABLE = "text_embedding"
+
+# Measured with torch 2.13, ONNX Runtime 1.31: what a process holds that has exported a tiny model.
+_PROCESS_BYTES = 310_000_000
+# Measured with ONNX Runtime 1.31 on a CPU, 136x240 and 272x240 pixels: memory of one later step of
+# the decoder and of its states, in float32 maps of four frames at full size and base width.
+_DECODER_MAPS = 22 + 6
+
+
+@dataclass(frozen=True)
+class ComponentSize:
+    """Weights of one component.
+
+    Attributes:
+        name: As in the bundle.
+        layers: How often its graph runs, each time with weights of its own; 1 for most.
+        parameters: Of all layers.
+        bytes: On disk.
+    """
+
+    name: str
+    layers: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """Memory of a run, in bytes.
+
+    Attributes:
+        kv_per_branch: Keys and values of a window, all layers, one guidance branch.
+        kv: Of both branches.
+        context: Keys and values of 512 text tokens, both branches.
+        residual: Block output minus input of every token of a window, both branches.
+        weights: On the CPU one layer, cast from the mapped file (0 where that is float32); on a
+            device the whole transformer.
+        qkv: Queries, keys and values of a whole chunk.
+        ffn: Inner values of the feed-forward of a whole chunk, before and after the GELU.
+        scores: Of the plain attention at the window's last chunk: H x L x S values.
+        pass_plain: Activations of the largest pass, with the plain attention.
+        pass_fused: Activations of the largest pass, with the fused attention.
+        decode: One step of the VAE's decoder with its states; 0 without a VAE, and on a device,
+            where it was not measured.
+        peak: All that is held, and the larger of a pass and a step of the decoder.
+    """
+
+    kv_per_branch: int
+    kv: int
+    context: int
+    residual: int
+    weights: int
+    qkv: int
+    ffn: int
+    scores: int
+    pass_plain: int
+    pass_fused: int
+    decode: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """The plan of an export and of a run of it.
+
+    Attributes:
+        dtype: Of the weights as stored.
+        video: Height and width in pixels, pixel frames of a window.
+        chunk_tokens: L.
+        window_tokens: S.
+        components: Of the bundle, those that have weights.
+        bundle: Bytes of all weights on disk.
+        export_peak: Estimate of the memory that the export takes beside mapped files.
+        cpu: A run in float32 in ONNX Runtime.
+        device: A run in 16 bit whose transformer and caches lie on a device.
+    """
+
+    dtype: torch.dtype
+    video: tuple[int, int, int]
+    chunk_tokens: int
+    window_tokens: int
+    components: tuple[ComponentSize, ...]
+    bundle: int
+    export_peak: int
+    cpu: RunSizes
+    device: RunSizes
+
+
+def plan_sizes(
+    transformer: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Shape]],
+    *,
+    dtype: torch.dtype,
+    height: int,
+    width: int,
+    base_num_frames: int,
+    chunk: int,
+) -> SizePlan:
+    """Plan the sizes of an export and of a run.
+
+    Args:
+        transformer: The transformer's configuration, diffusers' keys.
+        parts: Shape of each tensor by name, for `transformer`, and for `text_encoder` and `vae`
+            where the checkpoint has them.
+        dtype: Weights are stored in it.
+        height: Pixels.
+        width: Pixels.
+        base_num_frames: Pixel frames of a window.
+        chunk: Latent frames of a chunk.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: The sizes are no whole number of patches or chunks.
+    """
+    positions = _positions(height, width, transformer["patch_size"])
+    chunk_tokens = chunk * positions
+    window_tokens = chunk_tokens * _chunks(base_num_frames, chunk)
+    components = tuple(
+        component
+        for part, shapes in parts.items()
+        for component in _components(part, shapes, dtype.itemsize)
+    )
+    base_width = parts.get("vae", {}).get("decoder.conv_out.weight", (0, 0))[1]
+    cpu = _run(
+        transformer,
+        chunk_tokens,
+        window_tokens,
+        value_bytes=4,
+        weights=0 if dtype == torch.float32 else _layer_bytes(components, "block", 4),
+        decode=_DECODER_MAPS * base_width * _TEMPORAL_FACTOR * height * width * 4,
+    )
+    resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
+    device = _run(
+        transformer, chunk_tokens, window_tokens, value_bytes=2, weights=2 * resident, decode=0
+    )
+    return SizePlan(
+        dtype=dtype,
+        video=(height, width, base_num_frames),
+        chunk_tokens=chunk_tokens,
+        window_tokens=window_tokens,
+        components=components,
+        bundle=sum(component.bytes for component in components),
+        export_peak=_export_peak(components, dtype.itemsize),
+        cpu=cpu,
+        device=device,
+    )
+
+
+def _positions(height: int, width: int, patch_size: tuple[int, int, int]) -> int:
+    sides = [_SPATIAL_FACTOR * patch for patch in patch_size[1:]]
+    for name, size, side in zip(("height", "width"), (height, width), sides, strict=True):
+        if size < side or size % side:
+            nearest = [low for low in (size // side * side, (size // side + 1) * side) if low]
+            raise ValueError(
+                f"{name}: expected a multiple of {side}, got {size}. "
+                f"Use {' or '.join(map(str, nearest))}."
+            )
+    return math.prod(size // side for size, side in zip((height, width), sides, strict=True))
+
+
+def _chunks(base_num_frames: int, chunk: int) -> int:
+    chunks, rest = divmod((base_num_frames - 1) / _TEMPORAL_FACTOR + 1, chunk)
+    if chunks < 1 or rest:
+        nearest = [
+            (count * chunk - 1) * _TEMPORAL_FACTOR + 1
+            for count in (int(chunks), int(chunks) + 1)
+            if count > 0
+        ]
+        raise ValueError(
+            f"base_num_frames: expected whole chunks of {chunk} latent frames, got "
+            f"{base_num_frames}. Use {' or '.join(map(str, nearest))}."
+        )
+    return int(chunks)
+
+
+def _components(part: str, shapes: Mapping[str, Shape], itemsize: int) -> list[ComponentSize]:
+    patterns = _COMPONENTS[part]
+    taken: dict[str, dict[str, Shape]] = {name: {} for name in patterns}
+    for tensor, shape in shapes.items():
+        name = next(name for name, pattern in patterns.items() if re.fullmatch(pattern, tensor))
+        taken[name][tensor] = shape
+    if part == "vae":
+        taken = {
+            f"{name}_{step}": tensors if step == "next" else _first_step(tensors)
+            for name, tensors in taken.items()
+            for step in ("first", "next")
+        }
+    return [_component(name, tensors, itemsize) for name, tensors in taken.items()]
+
+
+def _first_step(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Keep one slice of each kernel along time, and no convolution along time alone."""
+    return {
+        name: (*shape[:2], *shape[3:]) if len(shape) == 5 else shape
+        for name, shape in tensors.items()
+        if ".time_conv." not in name
+    }
+
+
+def _component(name: str, tensors: Mapping[str, Shape], itemsize: int) -> ComponentSize:
+    layers = {match[1] for match in map(_LAYER.match, tensors) if match}
+    parameters = sum(map(math.prod, tensors.values()))
+    return ComponentSize(name, max(1, len(layers)), parameters, parameters * itemsize)
+
+
+def _layer_bytes(components: tuple[ComponentSize, ...], name: str, itemsize: int) -> int:
+    return sum(c.parameters // c.layers * itemsize for c in components if c.name == name)
+
+
+def _export_peak(components: tuple[ComponentSize, ...], itemsize: int) -> int:
+    """The largest layer or baked component: as stored, in float32 in torch and in the engine."""
+    copies = itemsize + 4 + 4
+    return _PROCESS_BYTES + max(
+        _layer_bytes(components, c.name, copies) for c in components if c.name != _TABLE
+    )
+
+
+def _run(
+    transformer: Mapping[str, Any],
+    chunk_tokens: int,
+    window_tokens: int,
+    value_bytes: int,
+    weights: int,
+    decode: int,
+) -> RunSizes:
+    layers, heads = transformer["num_layers"], transformer["num_attention_heads"]
+    row = heads * transformer["attention_head_dim"] * value_bytes
+    kv = 2 * layers * window_tokens * row
+    context = 2 * layers * _TEXT_TOKENS * row * _BRANCHES
+    residual = window_tokens * row * _BRANCHES
+    rows = chunk_tokens * row
+    qkv = 3 * rows
+    ffn = 2 * chunk_tokens * transformer["ffn_dim"] * value_bytes
+    scores = heads * chunk_tokens * window_tokens * value_bytes
+    # Keys and values: the cache joined with the new rows, and what is gathered from that. The
+    # fused form lays the gathered ones out twice more, for its inputs and within its kernel.
+    joined, gathered = 2 * (window_tokens + chunk_tokens) * row, 2 * window_tokens * row
+    pass_plain = rows + max(qkv + joined + gathered + scores, ffn)
+    pass_fused = rows + max(qkv + joined + 3 * gathered, ffn)
+    largest = pass_fused if scores > _FUSED_ABOVE_BYTES else pass_plain
+    return RunSizes(
+        kv_per_branch=kv,
+        kv=kv * _BRANCHES,
+        context=context,
+        residual=residual,
+        weights=weights,
+        qkv=qkv,
+        ffn=ffn,
+        scores=scores,
+        pass_plain=pass_plain,
+        pass_fused=pass_fused,
+        decode=decode,
+        peak=kv * _BRANCHES + context + residual + weights + max(largest, decode),
+    )
+
+
+_RUN_ROWS = {
+    "KV cache, one branch": "kv_per_branch",
+    "KV cache, both branches": "kv",
+    "text keys and values, both branches": "context",
+    "residual, both branches": "residual",
+    "resident weights": "weights",
+    "largest pass, plain attention": "pass_plain",
+    "  its scores": "scores",
+    "largest pass, fused attention": "pass_fused",
+    "  its q, k, v": "qkv",
+    "  its feed-forward": "ffn",
+    "decoding a step": "decode",
+    "peak": "peak",
+}
+
+
+def render_plan(plan: SizePlan) -> str:
+    """Write the plan as a table.
+
+    Args:
+        plan: What `plan_sizes` gave.
+
+    Returns:
+        Lines of plain text: the bundle's components, the export, a run on the CPU and on a device.
+    """
+    height, width, frames = plan.video
+    stored = str(plan.dtype).removeprefix("torch.")
+    lines = [f"{'component':<24}{'layers':>8}{'parameters':>18}{stored + ' (GB)':>18}"]
+    lines += [
+        f"{c.name:<24}{c.layers:>8}{c.parameters:>18,}{c.bytes / 1e9:>18.3f}"
+        for c in plan.components
+    ]
+    lines += [
+        f"{'bundle':<50}{plan.bundle / 1e9:>18.3f}",
+        f"{'export, peak (estimate)':<50}{plan.export_peak / 1e9:>18.3f}",
+        "",
+        f"{height} x {width} pixels, {frames} frames a window, {plan.chunk_tokens:,} tokens a "
+        f"chunk, {plan.window_tokens:,} a window",
+        f"{'run (GB)':<40}{'CPU, float32':>14}{'device, 16 bit':>16}",
+    ]
+    lines += [
+        f"{label:<40}{getattr(plan.cpu, row) / 1e9:>14.3f}{getattr(plan.device, row) / 1e9:>16.3f}"
+        for label, row in _RUN_ROWS.items()
+    ]
+    return "\n".join(lines)
