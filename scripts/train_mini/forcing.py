@@ -1,0 +1,163 @@
+"""Diffusion forcing: a noise level per chunk, and the transformer's pass written for training.
+
+`draw_levels` imitates the sampler's wave: a chunk lags `LAG` of the run behind the one before.
+`predict_velocity` computes what `SkyReelsV2Transformer3DModel.forward` computes with
+`enable_diffusion_forcing=True` (a test holds them equal), but modulates per chunk instead of per
+token and attends chunk by chunk instead of through a dense mask.
+"""
+
+__all__ = ["CHUNK", "LAG", "SHIFT", "add_noise", "draw_levels", "predict_velocity", "shift_level"]
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import SkyReelsV2Transformer3DModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+CHUNK = 5  # latent frames
+SHIFT = 8.0
+LAG = 5 / 50  # ar_step of the number of steps
+_FRAME_RATE = 1  # id of 24 frames per second
+
+
+def shift_level(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the noise level sigma of a position in the run, 0 (clean) to 1 (noise).
+
+    Example:
+        >>> shift_level(np.array([0.0, 0.1, 0.5, 1.0])).round(2).tolist()
+        [0.0, 0.47, 0.89, 1.0]
+    """
+    return SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+
+
+def draw_levels(
+    rng: np.random.Generator, batch: int, chunks: int, clean: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Draw the noise levels of a batch as a run passes through them.
+
+    Args:
+        rng: Source of randomness.
+        batch: B.
+        chunks: Chunks of each sample.
+        clean: How many chunks of each sample are a finished prefix, shape (B,).
+
+    Returns:
+        sigma, shape (B, chunks). At least one chunk of a sample is strictly between 0 and 1.
+    """
+    active = chunks - clean
+    first = rng.uniform(LAG * (1 - active), 1.0)
+    place = first[:, None] + LAG * (np.arange(chunks)[None] - clean[:, None])
+    place = np.where(np.arange(chunks)[None] < clean[:, None], 0.0, place)
+    return shift_level(np.clip(place, 0.0, 1.0))
+
+
+def add_noise(latents: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return noised latents and the velocity `noise - latents`.
+
+    Args:
+        latents: shape (B, 16, frames, h, w).
+        sigma: Noise level of each chunk, shape (B, chunks).
+        noise: Like `latents`.
+    """
+    level = sigma.repeat_interleave(CHUNK, dim=1)[:, None, :, None, None]
+    return torch.lerp(latents, noise, level), noise - latents
+
+
+def predict_velocity(
+    model: SkyReelsV2Transformer3DModel, x: Tensor, timesteps: Tensor, text: Tensor, bias: Tensor
+) -> Tensor:
+    """Return the velocity of noised latents.
+
+    Args:
+        model: The transformer.
+        x: Noised latents, shape (B, 16, frames, h, w); frames a multiple of 5.
+        timesteps: Of each chunk, shape (B, chunks), 0 to 999.
+        text: Embeddings, shape (B, T, 128).
+        bias: Added to the logits of the cross-attention, shape (B, 1, 1, T).
+
+    Returns:
+        shape like `x`.
+    """
+    batch, chunks = timesteps.shape
+    conditions = model.condition_embedder
+    waves = conditions.timesteps_proj(timesteps.flatten()).float()
+    embedded = conditions.time_embedder(waves).unflatten(0, (batch, chunks, 1))
+    rate = model.fps_projection(model.fps_embedding.weight[_FRAME_RATE])
+    modulation = (conditions.time_proj(F.silu(embedded)) + rate).unflatten(-1, (6, -1))
+    text = conditions.text_embedder(text)
+    rotation = _rotation(model, x)
+    tokens = model.patch_embedding(x).flatten(2).transpose(1, 2).unflatten(1, (chunks, -1))
+    for block in model.blocks:
+        tokens = _apply_block(block, tokens, modulation, text, bias, rotation)
+    shift, scale = (model.scale_shift_table[0] + embedded).chunk(2, dim=2)
+    out = model.proj_out(_norm(tokens, model.norm_out) * (1 + scale) + shift)
+    return _unpatchify(out.flatten(1, 2), x.shape)
+
+
+def _norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def _rotation(model: SkyReelsV2Transformer3DModel, x: Tensor) -> Tensor:
+    """Return the rotary factors as complex numbers, shape (L, 1, D / 2)."""
+    cos, sin = model.rope(x)
+    return torch.complex(cos[0, ..., 0::2].float(), sin[0, ..., 1::2].float())
+
+
+def _apply_block(
+    block: nn.Module,
+    x: Tensor,
+    modulation: Tensor,
+    text: Tensor,
+    bias: Tensor,
+    rotation: Tensor,
+) -> Tensor:
+    """Apply a block to tokens of shape (B, chunks, L, C)."""
+    parts = (block.scale_shift_table[0] + modulation).unbind(-2)
+    shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = parts
+    x = x + gate * _attend_self(block.attn1, _norm(x, block.norm1) * (1 + scale) + shift, rotation)
+    x = x + _attend_text(block.attn2, _norm(x, block.norm2), text, bias)
+    return x + gate_ffn * block.ffn(_norm(x, block.norm3) * (1 + scale_ffn) + shift_ffn)
+
+
+def _attend_self(layer: nn.Module, x: Tensor, rotation: Tensor) -> Tensor:
+    """Let each chunk attend to itself and to those before; x has shape (B, chunks, L, C)."""
+    flat = x.flatten(1, 2)
+    query, key = (
+        _rotate(norm(project(flat)).unflatten(-1, (layer.heads, -1)), rotation)
+        for norm, project in ((layer.norm_q, layer.to_q), (layer.norm_k, layer.to_k))
+    )
+    value = layer.to_v(flat).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+    length = x.shape[2]
+    outs = [
+        F.scaled_dot_product_attention(
+            query[:, :, end - length : end], key[:, :, :end], value[:, :, :end]
+        )
+        for end in range(length, flat.shape[1] + 1, length)
+    ]
+    joined = torch.stack(outs, dim=1)  # (B, chunks, H, L, D)
+    return layer.to_out[0](joined.transpose(2, 3).flatten(3))
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate pairs of channels; (B, L, H, D) becomes (B, H, L, D)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x).transpose(1, 2)
+
+
+def _attend_text(layer: nn.Module, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+    query = layer.norm_q(layer.to_q(x.flatten(1, 2)))
+    key, value = layer.norm_k(layer.to_k(text)), layer.to_v(text)
+    query, key, value = (
+        part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (query, key, value)
+    )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+    return layer.to_out[0](out.transpose(1, 2).flatten(2)).view_as(x)
+
+
+def _unpatchify(out: Tensor, shape: torch.Size) -> Tensor:
+    """Put rows of 2 x 2 patches, shape (B, L, 2 * 2 * 16), back into latents of that shape."""
+    batch, channels, frames, height, width = shape
+    grid = out.reshape(batch, frames, height // 2, width // 2, 2, 2, channels)
+    return grid.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)

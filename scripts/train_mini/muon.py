@@ -1,0 +1,98 @@
+"""An optimizer for matrices: momentum whose singular values are made equal.
+
+Muon learns more from a sample than AdamW at this size. Matrices and convolution kernels go through
+it (kernels as matrices of one row per output channel); everything else through AdamW.
+"""
+
+__all__ = ["build_optimizers", "descend", "orthogonalise"]
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Return a matrix with the same singular vectors and singular values near 1.
+
+    Newton-Schulz iteration with a quintic polynomial, which pushes singular values into about
+    0.7 to 1.2 and goes no further.
+
+    Args:
+        matrix: shape (n, m).
+        steps: Iterations.
+
+    Source: K. Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024).
+    """
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if tall else x
+
+
+class _Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised; tall matrices take larger steps."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
+                scale = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
+                update = orthogonalise(direction).view_as(parameter)
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def build_optimizers(
+    model: nn.Module, matrix_rate: float, other_rate: float, others: tuple[str, ...]
+) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of a model and AdamW for the rest.
+
+    Args:
+        model: What is trained.
+        matrix_rate: Learning rate of Muon.
+        other_rate: Learning rate of AdamW.
+        others: Parts of parameters' names that go to AdamW although they are matrices: embeddings
+            and the first and last layers.
+    """
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) > 1
+        other = any(part in name for part in others)
+        (matrices if is_matrix and not other else rest).append(parameter)
+    return [
+        _Muon(matrices, matrix_rate),
+        torch.optim.AdamW(rest, other_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def descend(
+    loss: Tensor, model: nn.Module, optimizers: list[torch.optim.Optimizer], factor: float
+) -> float:
+    """Take one step down the loss, the learning rates times `factor`; return the gradient's norm.
+
+    Gradients are clipped to a norm of 1.
+    """
+    model.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("full_rate", group["lr"])
+        optimizer.step()
+    return norm.item()
