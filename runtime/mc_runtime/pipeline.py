@@ -145,7 +145,7 @@ class VideoPipeline:
         image: Any = None,
         policy: Policy | str = "none",
         decode: bool = True,
-        callback: Callable[[Progress], None] | None = None,
+        callback: Callable[[Progress], None] = lambda _: None,
         note: Callable[[str], None] = warnings.warn,
         options: GenerationOptions | None = None,
         **settings: Any,
@@ -192,10 +192,7 @@ class VideoPipeline:
         noise = self._noise(latents, chosen)
         inputs = Inputs(embeddings, noise, prefix, chosen, self.grid)
         decoder = self.decoder if decode else None
-        chosen_policy = find_policy(policy)
-        return generate_chunks(
-            inputs, self.transformer, decoder, chosen_policy, callback or (lambda _: None)
-        )
+        return generate_chunks(inputs, self.transformer, decoder, find_policy(policy), callback)
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
         """Generate a whole video.
