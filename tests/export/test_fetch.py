@@ -14,8 +14,8 @@ import pytest
 
 from mc_engines.errors import MissingExtraError
 from mc_export.checkpoint import ACCEPTED_FORMS, load_checkpoint
-from mc_export.fetch import FAMILY_DEFAULTS, fetch_checkpoint
-from mc_export.published import PUBLISHED
+from mc_export.fetch import fetch_checkpoint
+from mc_export.published import FAMILY_DEFAULTS, PUBLISHED
 
 REPOSITORY = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
 COMMIT = "0123456789" * 4
