@@ -1,3 +1,7 @@
 """From a prompt to a video, on compiled engines and numpy."""
 
-__all__: list[str] = []
+__all__ = ["Chunk", "GenerationOptions", "Progress", "Video", "VideoPipeline"]
+
+from mc_runtime.generation import Progress
+from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.pipeline import Video, VideoPipeline

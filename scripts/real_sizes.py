@@ -1,0 +1,176 @@
+"""Export and run the published sizes with made-up weights; print time, memory and bytes.
+
+Nothing of 28 GB lies on the disk beforehand: each tensor is drawn when it is asked for. Every step
+is a process of its own, so that its peak is its own: `anonymous` is memory that the process
+allocated, sampled every 20 ms; mapped files, which the system can drop at any time, are apart.
+
+    scripts/real_sizes.py             all steps; needs about 35 GB of disk and half an hour
+    scripts/real_sizes.py run-1.3b    one of them
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+LATENT_HW = (544 // 8, 960 // 8)
+CHUNK_FRAMES = 5
+WINDOW_CHUNKS = 5
+TEXT_TOKENS = 512
+THREADS = 2
+
+
+class PeakMemory:
+    """Samples what this process holds, while the body of a `with` runs.
+
+    Attributes:
+        anonymous: Largest anonymous memory, in bytes.
+        seconds: Wall time.
+    """
+
+    def __enter__(self) -> "PeakMemory":
+        self.anonymous = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._start = time.perf_counter()
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.anonymous = max(self.anonymous, anonymous_bytes())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.seconds = time.perf_counter() - self._start
+
+    def __str__(self) -> str:
+        return f"{self.seconds:8.1f} s, peak anonymous {self.anonymous / 1e9:6.2f} GB"
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process now."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def export(model: str, whole: bool, target: Path) -> None:
+    """Export a published size in bfloat16, parity included; with text encoder and VAE if whole."""
+    import torch
+
+    from mc_export.checkpoint import Checkpoint, Part
+    from mc_export.export_bundle import export_bundle
+    from mc_export.published import PUBLISHED, UMT5_XXL, WAN21_VAE
+    from mc_export.random_source import RandomSource
+    from mc_export.skyreels_components import transformer_tensors
+    from mc_export.umt5 import text_encoder_tensors
+    from mc_export.wan_vae_components import vae_tensors
+
+    torch.set_num_threads(THREADS)
+
+    def part(config: dict[str, object], names: Callable[..., dict[str, tuple[int, ...]]]) -> Part:
+        return Part(config, RandomSource(names(config), torch.bfloat16, seed=0))
+
+    transformer = part(dict(PUBLISHED[model].transformer), transformer_tensors)
+    text_encoder = part(dict(UMT5_XXL), text_encoder_tensors) if whole else None
+    vae = part(dict(WAN21_VAE), vae_tensors) if whole else None
+    checkpoint = Checkpoint(Path(model), transformer, text_encoder, vae, None, None)
+    with PeakMemory() as memory:
+        rows = export_bundle(checkpoint, target, overwrite=True)
+    worst = max(row.max_abs / (row.tolerance * row.scale) for row in rows)
+    print(f"export {model}{' with umT5-xxl and the VAE' if whole else ', transformer'}: {memory}, ")
+    print(f"  {folder_bytes(target) / 1e9:.2f} GB written, {len(rows)} outputs within", end="")
+    print(f" {worst:.0%} of their tolerance", flush=True)
+
+
+def run(bundle: Path) -> None:
+    """Run the blocks of DF-1.3B at 540P: all layers at the first chunk, one layer at the last."""
+    from mc_runtime.pipeline import VideoPipeline
+
+    transformer = VideoPipeline.from_bundle(bundle, THREADS).transformer
+    tokens = CHUNK_FRAMES * (LATENT_HW[0] // 2) * (LATENT_HW[1] // 2)
+    layers = transformer.config.layers
+    for share in (1.0, 0.25):
+        run_chunk(transformer, layers, 0, tokens, share)
+    for share in (1.0, 0.25):
+        run_chunk(transformer, 1, WINDOW_CHUNKS - 1, tokens, share)
+
+
+def run_chunk(transformer: object, layers: int, chunk: int, tokens: int, share: float) -> None:
+    """Time one pass of the first layers over a share of a chunk's tokens."""
+    from dataclasses import replace
+
+    from mc_runtime.rope import rope_tables
+    from mc_runtime.transformer import KeyCache, Transformer
+
+    assert isinstance(transformer, Transformer)
+    config = replace(transformer.config, layers=layers)
+    part = replace(transformer, config=config)
+    rng = np.random.default_rng(0)
+    text = {
+        name: rng.standard_normal((1, config.heads, TEXT_TOKENS, config.head_dim), np.float32)
+        for name in ("cross_k", "cross_v")
+    }
+    grid = (LATENT_HW[0] // 2, LATENT_HW[1] // 2)
+    angles = rope_tables(
+        CHUNK_FRAMES, *grid, config.rope_axes, config.rope_theta, 1024, chunk * CHUNK_FRAMES
+    )
+    x = rng.standard_normal((1, tokens, config.dim), np.float32)
+    rows = np.arange(0, tokens, round(1 / share))
+    modulation = rng.standard_normal((1, 6, config.dim), np.float32) * np.float32(0.1)
+    with PeakMemory() as memory:
+        cache = KeyCache(config, (chunk + 1) * tokens)
+        y = part.recompute(x, rows, modulation, angles, [text] * layers, cache, chunk * tokens)
+    assert np.isfinite(y).all()
+    print(
+        f"run {layers:2d} layers, {len(rows):6,} tokens, {(chunk + 1) * tokens:6,} keys: {memory}"
+    )
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run one step here, or each in a process of its own."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    steps = ("export-1.3b", "run-1.3b", "export-14b")
+    parser.add_argument("step", nargs="?", choices=steps)
+    parser.add_argument("--folder", type=Path, default=Path("out/real-sizes"))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    small, large = arguments.folder / "1.3b.bundle", arguments.folder / "14b.bundle"
+    if arguments.step == "export-1.3b":
+        export("skyreels-df-1.3b-540p", True, small)
+    elif arguments.step == "run-1.3b":
+        run(small)
+    elif arguments.step == "export-14b":
+        export("skyreels-df-14b-540p", False, large)
+    else:
+        for step in steps:
+            command = [sys.executable, __file__, step, "--folder", str(arguments.folder)]
+            subprocess.run(command, check=True)
+            if step != "export-1.3b":
+                shutil.rmtree(small if step == "run-1.3b" else large)
+
+
+if __name__ == "__main__":
+    main()
