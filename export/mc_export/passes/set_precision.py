@@ -14,6 +14,8 @@ are strongly typed, so these types are what is built.
 
 __all__ = ["set_precision"]
 
+from typing import TypeAlias
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +33,8 @@ NUMPY_TYPES: dict[Precision, type[np.generic]] = {
     "fp16": np.float16,
     "bf16": ml_dtypes.bfloat16,
 }
+
+Casts: TypeAlias = dict[tuple[ir.Value, ir.DataType], ir.Value]
 
 
 def set_precision(
@@ -51,18 +55,17 @@ def set_precision(
     if precision == "fp32":
         return copy
     low = DATA_TYPES[precision]
-    outputs = [output.name or "" for output in copy.graph.outputs]
     _lower_sources(copy.graph, precision, keep, weights)
     for node in list(copy.graph):
         if not _in_island(node):
             _lower_node(node, low)
-    casts: dict[tuple[str, ir.DataType], ir.Value] = {}
+    casts: Casts = {}
     for node in list(copy.graph):
         wanted = ir.DataType.FLOAT if _in_island(node) else low
         for position, value in enumerate(node.inputs):
             if value is not None and _differs(value, wanted):
                 node.replace_input_with(position, _cast(copy.graph, value, wanted, casts))
-    _cast_outputs(copy.graph, outputs, low, keep)
+    _cast_outputs(copy.graph, low, keep, casts)
     return copy
 
 
@@ -104,20 +107,11 @@ def _lower_node(node: ir.Node, low: ir.DataType) -> None:
                 node.attributes["to"] = ir.AttrInt64("to", int(low))
 
 
-def _cast(
-    graph: ir.Graph,
-    value: ir.Value,
-    to: ir.DataType,
-    casts: dict[tuple[str, ir.DataType], ir.Value],
-) -> ir.Value:
+def _cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, casts: Casts) -> ir.Value:
     """The value in another type; right after its producer, once."""
-    key = (value.name or "", to)
-    if key not in casts:
-        casts[key] = _insert_cast(graph, value, to, f"{value.name}_{to.name.lower()}")
-    return casts[key]
-
-
-def _insert_cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+    if (value, to) in casts:
+        return casts[value, to]
+    name = f"{value.name}_{to.name.lower()}"
     result = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
     node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))], outputs=[result])
     producer = value.producer()
@@ -125,16 +119,16 @@ def _insert_cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -
         graph.insert_before(next(iter(graph)), node)
     else:
         graph.insert_after(producer, node)
+    casts[value, to] = result
     return result
 
 
-def _cast_outputs(
-    graph: ir.Graph, names: list[str], low: ir.DataType, keep: frozenset[str]
-) -> None:
+def _cast_outputs(graph: ir.Graph, low: ir.DataType, keep: frozenset[str], casts: Casts) -> None:
     """Rule 3, for outputs: the graph's output keeps its name, its producer's value gets another."""
-    for position, name in enumerate(names):
-        value = graph.outputs[position]
-        wanted = ir.DataType.FLOAT if name in keep else low
+    for position, value in enumerate(graph.outputs):
+        wanted = ir.DataType.FLOAT if value.name in keep else low
         if _differs(value, wanted):
-            value.name = f"{name}_{ir.DataType(value.dtype).name.lower()}"  # type: ignore[arg-type]
-            graph.outputs[position] = _insert_cast(graph, value, wanted, name)
+            assert value.name is not None and value.dtype is not None
+            result = _cast(graph, value, wanted, casts)
+            value.name, result.name = f"{value.name}_{value.dtype.name.lower()}", value.name
+            graph.outputs[position] = result
