@@ -140,6 +140,22 @@ def test_a_flipped_bit_anywhere_in_manifest_sha256_is_found(path, bit):
             manifest_module.read_manifest(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: b"",
+        lambda line: line * 3,
+        lambda line: line.rstrip(),
+        lambda line: line.replace(b"\n", b"\r\n"),
+        lambda line: line + b"and more\n",
+    ],
+)
+def test_manifest_sha256_has_one_form(path, change):
+    (path / "manifest.sha256").write_bytes(change((path / "manifest.sha256").read_bytes()))
+    with pytest.raises(BundleError, match="One of the two was changed or damaged"):
+        Bundle.open(path)
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_truncated_file_does_not_open(path, file):
     content = (path / file).read_bytes()

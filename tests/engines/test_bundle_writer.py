@@ -81,11 +81,12 @@ def test_a_target_that_exists_is_refused_before_anything_is_written(tmp_path, ki
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_only_a_bundle_is_overwritten(tmp_path, kind):
     target = tmp_path / "photos"
-    if kind == "file":
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "file":
         target.write_text("precious")
     else:
-        (tmp_path / "real" if kind == "link" else target).mkdir()
-    if kind == "link":
+        write(tmp_path / "real")
         target.symlink_to("real")
     before = names(tmp_path)
     with pytest.raises(BundleError, match=r"a bundle to overwrite, got something else. Choose"):
