@@ -1,0 +1,132 @@
+"""`fuse_attention` in ONNX Runtime beside the plain form, and what it refuses."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc_export.passes.fuse_attention import CONTRIB, fuse_attention
+
+# Self-attention over gathered keys, a sum, then cross-attention: as in the transformer's block.
+PLAIN = """
+<ir_version: 10, opset_import: ["" : 20]>
+attention (float[1, {heads}, K, {size}] q, float[1, {heads}, M, {size}] k,
+  float[1, {heads}, M, {size}] v, float[1, {heads}, T, {size}] cross_k,
+  float[1, {heads}, T, {size}] cross_v)
+  => (float[1, K, {width}] y)
+<float half = {{0.5}}, int64[3] flat = {{1, -1, {width}}},
+ int64[4] split = {{1, -1, {heads}, {size}}}>
+{{
+  scaled = Mul(q, half)
+  kt = Transpose<perm = [0, 1, 3, 2]>(k)
+  scores = MatMul(scaled, kt)
+  shares = Softmax<axis = -1>(scores)
+  mixed = MatMul(shares, v)
+  rows = Transpose<perm = [0, 2, 1, 3]>(mixed)
+  self = Reshape(rows, flat)
+  doubled = Add(self, self)
+  cross_rows = Reshape(doubled, split)
+  cross_q = Transpose<perm = [0, 2, 1, 3]>(cross_rows)
+  cross_kt = Transpose<perm = [0, 1, 3, 2]>(cross_k)
+  cross_scores = MatMul(cross_q, cross_kt)
+  cross_shares = Softmax<axis = -1>(cross_scores)
+  cross_mixed = MatMul(cross_shares, cross_v)
+  cross_swapped = Transpose<perm = [0, 2, 1, 3]>(cross_mixed)
+  cross = Reshape(cross_swapped, flat)
+  y = Sub(cross, doubled)
+}}
+"""
+
+
+def make(heads, size):
+    text = PLAIN.format(heads=heads, size=size, width=heads * size)
+    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), strict_mode=True)
+    return ir.from_proto(proto)
+
+
+def run(model, inputs):
+    data = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 5),
+    size=st.sampled_from([8, 24, 32, 64]),
+    rows=st.integers(1, 40),
+    keys=st.integers(1, 90),
+    text=st.integers(1, 12),
+)
+def test_fused_attention_gives_what_the_plain_form_gives(heads, size, rows, keys, text):
+    draw = np.random.default_rng(rows)
+    counts = {"q": rows, "k": keys, "v": keys, "cross_k": text, "cross_v": text}
+    inputs = {
+        name: draw.normal(size=(1, heads, count, size)).astype(np.float32)
+        for name, count in counts.items()
+    }
+    plain = make(heads, size)
+    got, expected = run(fuse_attention(plain, heads), inputs), run(plain, inputs)
+    assert got.shape == expected.shape == (1, rows, heads * size)
+    assert np.abs(got - expected).max() <= 1e-5
+
+
+def test_nothing_but_attention_is_changed():
+    plain = make(heads=2, size=8)
+    before = ir.to_proto(plain).SerializeToString()
+    fused = fuse_attention(plain, 2)
+    assert ir.to_proto(plain).SerializeToString() == before
+    assert [value.name for value in (*fused.graph.inputs, *fused.graph.outputs)] == [
+        value.name for value in (*plain.graph.inputs, *plain.graph.outputs)
+    ]
+    flattened = ["Transpose", "Reshape"] * 3 + ["MultiHeadAttention"]
+    assert [node.op_type for node in fused.graph] == [
+        *("Mul", *flattened, "Add", "Reshape", "Transpose", *flattened, "Sub")
+    ]
+    for node in fused.graph:
+        assert node.domain == (CONTRIB if node.op_type == "MultiHeadAttention" else "")
+    assert fused.opset_imports == {"": 20, CONTRIB: 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "shares = Softmax<axis = -1>(scores)",
+            "masked = Add(scores, half)\n  shares = Softmax<axis = -1>(masked)",
+            "Softmax of attention: expected MatMul beside it, got Add. ",
+        ),
+        (
+            "scores = MatMul(scaled, kt)",
+            "ready = Identity(kt)\n  scores = MatMul(scaled, ready)",
+            "MatMul of attention: expected Transpose beside it, got Identity. ",
+        ),
+        (
+            "mixed = MatMul(shares, v)",
+            "scored = Mul(shares, half)\n  mixed = MatMul(scored, v)",
+            "Softmax of attention: expected MatMul beside it, got Mul. ",
+        ),
+        (
+            "doubled = Add(self, self)",
+            "again = MatMul(shares, v)\n  doubled = Add(self, self)",
+            "Softmax of attention: expected MatMul beside it, got nothing. ",
+        ),
+        (
+            "rows = Transpose<perm = [0, 2, 1, 3]>(mixed)\n  self = Reshape(rows, flat)",
+            "self = Reshape(mixed, flat)",
+            "MatMul of attention: expected Transpose beside it, got Reshape. ",
+        ),
+    ],
+    ids=["mask", "keys-not-transposed", "scaled-weights", "weights-read-twice", "heads-not-joined"],
+)
+def test_other_patterns_are_refused(old, new, message):
+    text = PLAIN.format(heads=2, size=8, width=16)
+    assert old in text
+    model = ir.from_onnx_text(text.replace(old, new))
+    with pytest.raises(ValueError) as error:
+        fuse_attention(model, 2)
+    way_out = "Write attention as MatMul, Softmax, MatMul, Transpose, Reshape."
+    assert str(error.value) == message + way_out
