@@ -107,8 +107,9 @@ def _add_locked(
 def _make_room(folder: Path, path: str) -> Path:
     """Make the folders of a new file, and remove what an interrupted addition left in its place."""
     target = folder / path
-    for parent in list(target.relative_to(folder).parents)[-2::-1]:
-        current = folder / parent
+    current = folder
+    for part in path.split("/")[:-1]:
+        current /= part
         if current.is_symlink():
             raise BundleError(f"{current}: expected a folder, got a link. Do not use this bundle.")
         if not current.exists():

@@ -3,7 +3,7 @@
 The commands are in `mc_export` and `mc_runtime`; they start from `command`.
 """
 
-__all__ = ["Command", "command"]
+__all__ = ["FAILURE", "INTERRUPTED", "WRONG_USAGE", "Command", "command"]
 
 import errno
 import traceback
