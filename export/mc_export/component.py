@@ -36,6 +36,7 @@ class ComponentSource:
         precisions: The graphs to write.
         heads: Attention heads, where a form with fused attention is to be written as well, for
             passes over so many keys that their scores would not fit in memory.
+        depth: By how much more than one layer's the errors of its outputs may be.
     """
 
     name: str
@@ -47,3 +48,4 @@ class ComponentSource:
     float32: frozenset[str] = frozenset()
     precisions: tuple[Precision, ...] = PRECISIONS
     heads: int = 0
+    depth: int = 1

@@ -119,21 +119,22 @@ class CausalConv(Conv):
 class RmsNorm(Island):
     """Scales the channels of every pixel to a root mean square of one, then by a learned gain.
 
-    `gamma` holds the gain times sqrt(C), so that the norm is the Euclidean one.
+    The factor sqrt(C) stands on the norm, not in the gain: the gain must be stored as it is.
     """
 
     def __init__(self, channels: int, dims: int = 3) -> None:
         super().__init__()
+        self.scale = math.sqrt(channels)
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
         self.stored = {"gamma": (channels,) + (1,) * dims}
 
     def fit(self, name: str, tensor: Tensor) -> Tensor:
-        """Bring the checkpoint's gain to the shape and scale of `gamma`."""
-        return tensor.reshape(self.gamma.shape) * math.sqrt(len(tensor))
+        """Bring the checkpoint's gain to the shape of `gamma`."""
+        return tensor.reshape(self.gamma.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return x / norm.clamp_min(NORM_FLOOR) * self.gamma
+        return x * (self.scale / norm.clamp_min(NORM_FLOOR)) * self.gamma
 
 
 class Residual(nn.Module):

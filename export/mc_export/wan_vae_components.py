@@ -144,7 +144,8 @@ def _source(
         }
         for key, value in inputs.items()
     }
-    return ComponentSource(name, module, inputs, dynamic, outputs)
+    # About twenty convolutions one after the other: errors add up as in a random walk.
+    return ComponentSource(name, module, inputs, dynamic, outputs, depth=4)
 
 
 def _symbol(symbol: str, multiple: int) -> str:

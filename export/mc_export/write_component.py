@@ -197,7 +197,8 @@ def _compare(
         for spec in runner.graph.inputs
     }
     got = runner.run(inputs, weights)
-    return compare_outputs(name, form, layer, got, _reference(source, exact))
+    expected = _reference(source, exact)
+    return compare_outputs(name, form, layer, got, expected, source.depth)
 
 
 @torch.no_grad()
