@@ -3,7 +3,7 @@
 Neighbours: `Bundle` says where the graph lies and maps the weights that `run` takes.
 """
 
-__all__ = ["OnnxRuntimeRunner", "open_runner"]
+__all__ = ["FUSED_ATTENTION_BYTES", "HELD_WEIGHTS_BYTES", "OnnxRuntimeRunner", "open_runner"]
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,12 @@ from mc_engines.errors import EngineError, require
 from mc_engines.runner import Array, Arrays, check_inputs
 from mc_engines.specs import GraphSpec, TensorSpec
 
+# Above this much of attention scores in a pass, the form with fused attention is taken: it is then
+# faster, and at 540P the only one that fits in memory; below, the plain form is as fast.
+FUSED_ATTENTION_BYTES = 256 * 10**6
+# Layer weights that are stored in another dtype are cast once and held, up to this much of float32;
+# beyond it, one layer at a time, in every pass. DF-1.3B takes 5 GB, DF-14B 56 GB.
+HELD_WEIGHTS_BYTES = 8 * 10**9
 _PROVIDER = "CPUExecutionProvider"
 _DTYPES = {
     "tensor(float)": "float32",

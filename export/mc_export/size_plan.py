@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 
+from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES, HELD_WEIGHTS_BYTES
 from mc_export.tensor_source import Shape
 
 _SPATIAL_FACTOR = 8
 _TEMPORAL_FACTOR = 4
 _TEXT_TOKENS = 512
 _BRANCHES = 2
-
-# A larger score matrix than this makes the runtime take the fused form of the attention.
-_FUSED_ABOVE_BYTES = 256e6
 
 # The component that takes each tensor: the first whose pattern fits.
 _COMPONENTS = {
@@ -80,8 +78,8 @@ class RunSizes:
         kv: Of both branches.
         context: Keys and values of 512 text tokens, both branches.
         residual: Block output minus input of every token of a window, both branches.
-        weights: On the CPU one layer, cast from the mapped file (0 where that is float32); on a
-            device the whole transformer.
+        weights: On the CPU the blocks', or one layer's, cast from the mapped file (0 where that is
+            float32); on a device the whole transformer.
         qkv: Queries, keys and values of a whole chunk.
         ffn: Inner values of the feed-forward of a whole chunk, before and after the GELU.
         scores: Of the plain attention at the window's last chunk: H x L x S values.
@@ -175,7 +173,7 @@ def plan_sizes(
         chunk_tokens,
         window_tokens,
         value_bytes=4,
-        weights=0 if dtype == torch.float32 else _layer_bytes(components, "block", 4),
+        weights=0 if dtype == torch.float32 else _held_weights(components),
         decode=_DECODER_MAPS * base_width * _TEMPORAL_FACTOR * height * width * 4,
     )
     resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
@@ -256,6 +254,12 @@ def _layer_bytes(components: tuple[ComponentSize, ...], name: str, itemsize: int
     return sum(c.parameters // c.layers * itemsize for c in components if c.name == name)
 
 
+def _held_weights(components: tuple[ComponentSize, ...]) -> int:
+    """Block weights cast to float32: all of them, or one layer where that is too much."""
+    total = sum(4 * c.parameters for c in components if c.name == "block")
+    return total if total <= HELD_WEIGHTS_BYTES else _layer_bytes(components, "block", 4)
+
+
 def _export_peak(components: tuple[ComponentSize, ...], itemsize: int) -> int:
     """The largest layer or baked component: as stored, in float32 in torch and in the engine."""
     copies = itemsize + 4 + 4
@@ -286,7 +290,7 @@ def _run(
     joined, gathered = 2 * (window_tokens + chunk_tokens) * row, 2 * window_tokens * row
     pass_plain = rows + max(qkv + joined + gathered + scores, ffn)
     pass_fused = rows + max(qkv + joined + 3 * gathered, ffn)
-    largest = pass_fused if scores > _FUSED_ABOVE_BYTES else pass_plain
+    largest = pass_fused if scores > FUSED_ATTENTION_BYTES else pass_plain
     return RunSizes(
         kv_per_branch=kv,
         kv=kv * _BRANCHES,

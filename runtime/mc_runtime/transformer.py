@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.bundle import Bundle
-from mc_engines.onnxruntime_runner import open_runner
+from mc_engines.onnxruntime_runner import (
+    FUSED_ATTENTION_BYTES,
+    HELD_WEIGHTS_BYTES,
+    open_runner,
+)
 from mc_engines.runner import Array, Arrays, Runner
 
 FPS_WITH_ID_0 = 16  # every other frame rate has id 1 (SkyReels-V2, diffusion_forcing_pipeline.py)
-# Above this much of attention scores in one pass, the form with fused attention runs: it is then
-# faster, and at 540P the only one that fits in memory; below, the plain form is as fast.
-FUSED_ATTENTION_BYTES = 256 * 2**20
-HELD_WEIGHTS_BYTES = 8 * 10**9  # DF-1.3B takes 5.6 GB as float32, DF-14B 56 GB
 
 
 @dataclass(frozen=True)

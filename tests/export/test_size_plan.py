@@ -102,7 +102,9 @@ def test_small_passes_are_planned_with_the_plain_attention() -> None:
 
 def test_float32_weights_are_used_where_they_are_mapped() -> None:
     assert plan(SMALL, dtype=torch.float32).cpu.weights == 0
-    assert plan(SMALL).cpu.weights == 4 * 1_251_525_120 // 30
+    assert plan(SMALL).cpu.weights == 4 * 1_251_525_120
+    one_layer = next(c for c in plan(LARGE).components if c.name == "block").parameters // 40
+    assert plan(LARGE).cpu.weights == 4 * one_layer
 
 
 def parameters(source: ComponentSource) -> int:
