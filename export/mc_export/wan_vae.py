@@ -134,7 +134,7 @@ class RmsNorm(Island):
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return x * (self.scale / norm.clamp_min(NORM_FLOOR)) * self.gamma
+        return x / (norm.clamp_min(NORM_FLOOR) / self.scale) * self.gamma
 
 
 class Residual(nn.Module):

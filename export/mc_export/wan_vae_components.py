@@ -6,7 +6,7 @@ the graphs: they are convolutions, and every layer has another shape.
 
 __all__ = ["describe_vae", "vae_components", "vae_tensors"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,18 +94,8 @@ def vae_components(config: Mapping[str, Any], tensors: TensorSource) -> list[Com
         encoders = [EncoderStep(sizes, first) for first in (True, False)]
         decoders = [DecoderStep(sizes, first) for first in (True, False)]
     return [
-        *_steps(
-            "vae_encoder",
-            [_load(step, tensors) for step in encoders],
-            ("frames", frames),
-            "latents",
-        ),
-        *_steps(
-            "vae_decoder",
-            [_load(step, tensors) for step in decoders],
-            ("latents", latents),
-            "frames",
-        ),
+        *_sources("vae_encoder", encoders, tensors, ("frames", frames), "latents"),
+        *_sources("vae_decoder", decoders, tensors, ("latents", latents), "frames"),
     ]
 
 
@@ -119,18 +109,22 @@ def _load(step: nn.Module, tensors: TensorSource) -> nn.Module:
     return step
 
 
-def _steps(
-    name: str, modules: list[nn.Module], sample: tuple[str, Tensor], output: str
+def _sources(
+    part: str,
+    steps: Sequence[nn.Module],
+    tensors: TensorSource,
+    sample: tuple[str, Tensor],
+    output: str,
 ) -> list[ComponentSource]:
-    first, later = modules
+    first, later = (_load(step, tensors) for step in steps)
     input_name, data = sample
     head, tail = data[:, :, :1].contiguous(), data[:, :, 1:].contiguous()
     states = first(head)[1:]
     outputs = (output, *(f"next_state_{i:02d}" for i in range(len(states))))
     remembered = {f"state_{i:02d}": state for i, state in enumerate(states)}
     return [
-        _source(f"{name}_first", first, {input_name: head}, outputs),
-        _source(f"{name}_next", later, {input_name: tail, **remembered}, outputs),
+        _source(f"{part}_first", first, {input_name: head}, outputs),
+        _source(f"{part}_next", later, {input_name: tail, **remembered}, outputs),
     ]
 
 
