@@ -21,6 +21,7 @@ from diffusers.pipelines.skyreels_v2 import (
     pipeline_skyreels_v2_diffusion_forcing,
     pipeline_skyreels_v2_diffusion_forcing_v2v,
 )
+from safetensors.torch import load_file
 from tiny_checkpoint import make_tiny_checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -123,12 +124,13 @@ class Diffusers:
     """
 
     def __init__(self, folder: Path) -> None:
-        def load(kind: Any, part: str) -> Any:
-            return kind.from_pretrained(folder / part) if (folder / part).is_dir() else None
-
-        self.transformer = load(SkyReelsV2Transformer3DModel, "transformer").eval()
-        self.vae = load(AutoencoderKLWan, "vae")
-        self.text = load(AutoTokenizer, "tokenizer"), load(UMT5EncoderModel, "text_encoder")
+        self.transformer = _open_diffusers(SkyReelsV2Transformer3DModel, folder / "transformer")
+        self.vae = self.tokenizer = self.text_encoder = None
+        if (folder / "vae").is_dir():
+            self.vae = _open_diffusers(AutoencoderKLWan, folder / "vae")
+        if (folder / "text_encoder").is_dir():
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            self.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
 
     def run(
         self,
@@ -165,7 +167,7 @@ class Diffusers:
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=options.flow_shift
         )
-        pipeline = kind(*self.text, self.transformer, self.vae, scheduler)
+        pipeline = kind(self.tokenizer, self.text_encoder, self.transformer, self.vae, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         names = "num_frames height width num_inference_steps guidance_scale fps ar_step "
         names += "causal_block_size base_num_frames overlap_history addnoise_condition"
@@ -183,6 +185,14 @@ class Diffusers:
                 **given,
             )[0]
         return result[0].numpy() if output_type == "latent" else result[0]
+
+
+def _open_diffusers(kind: Any, folder: Path) -> Any:
+    """Load a model; diffusers 0.42.1's own way needs accelerate, only to save memory."""
+    model = kind.from_config(kind.load_config(folder))
+    files = map(load_file, folder.glob("*.safetensors"))
+    model.load_state_dict({name: x for tensors in files for name, x in tensors.items()})
+    return model.eval()
 
 
 def _to_torch(value: Any) -> Any:
