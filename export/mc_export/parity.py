@@ -6,6 +6,7 @@ bundle, and an error above tolerance fails the export.
 
 __all__ = ["TOLERANCES", "Comparison", "compare_outputs", "require_parity"]
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -47,8 +48,8 @@ class Comparison:
 
     @property
     def passes(self) -> bool:
-        """Whether the error is within tolerance; NaN is not."""
-        return self.max_abs <= self.tolerance * self.scale
+        """Whether the error is within tolerance; NaN and infinity, on either side, are not."""
+        return self.max_abs <= self.tolerance * self.scale < math.inf
 
 
 def compare_outputs(

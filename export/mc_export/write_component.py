@@ -7,16 +7,16 @@ Neighbours: the adapters make `ComponentSource`s; `export_component`, the passes
 __all__ = ["STORED_TYPES", "write_component", "write_weights"]
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
 from mc_engines.bundle import Bundle
+from mc_engines.errors import CheckpointError
 from mc_engines.manifest import FileEntry, Manifest
 from mc_engines.onnxruntime_runner import OnnxRuntimeRunner
 from mc_engines.runner import Array
@@ -45,8 +45,8 @@ class _Written:
 
     source: ComponentSource
     folder: Path
+    dtype: torch.dtype | None
     spec: ComponentSpec
-    twin: ir.Model | None  # of the bf16 graph
 
 
 def write_component(
@@ -68,15 +68,20 @@ def write_component(
     Returns:
         The component's spec for the manifest, and one comparison per form, proved layer (the first
         and the last) and output.
+
+    Raises:
+        CheckpointError: A weight does not fit float16, in which it was to be stored.
     """
+    if not source.layers:
+        _round_parameters(source, STORED_TYPES[baked])
     model = export_component(source)
     report(f"{source.name}: traced")
-    written = _write_graphs(source, model, folder, baked)
+    graphs = _write_graphs(source, model, folder, baked)
     files = write_weights(source.name, source.layers, folder, dtype, report)
-    written = replace(written, spec=replace(written.spec, weight_files=files))
-    rows = _prove(written)
+    spec = ComponentSpec(source.name, graphs, files)
+    rows = _prove(_Written(source, folder, dtype, spec))
     report(f"{source.name}: compared with torch")
-    return written.spec, rows
+    return spec, rows
 
 
 def write_weights(
@@ -97,23 +102,43 @@ def write_weights(
 
     Returns:
         The files' paths in the bundle, in the order of the layers.
+
+    Raises:
+        CheckpointError: A tensor does not fit float16, in which it was to be stored.
     """
     files = tuple(f"weights/{name}.{layer:02d}.safetensors" for layer in range(len(layers)))
     for file, load in zip(files, layers, strict=True):
         path = folder / file
         path.parent.mkdir(exist_ok=True)
-        save_file({key: _stored(tensor, dtype) for key, tensor in load().items()}, path)
+        save_file(_stored(file, load(), dtype), path)
         report(f"{name}: {file} written")
     return files
 
 
-def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(dtype or tensor.dtype).contiguous()
+def _stored(
+    where: str, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The weights as the bundle stores them."""
+    stored = {key: weight.to(dtype or weight.dtype).contiguous() for key, weight in weights.items()}
+    for key, weight in stored.items():
+        if dtype == torch.float16 and not all(x.isfinite() for x in torch.aminmax(weight)):
+            raise CheckpointError(
+                f"{where}: weight '{key}': expected values that fit float16, got "
+                f"{weights[key].abs().max():g}. Export with --dtype bf16 or fp32."
+            )
+    return stored
+
+
+def _round_parameters(source: ComponentSource, dtype: torch.dtype) -> None:
+    """Let the module compute with the weights that its graphs will hold."""
+    parameters = dict(source.module.named_parameters())
+    for key, weight in _stored(source.name, parameters, dtype).items():
+        parameters[key].data = weight.float()  # not written in place: it may be a mapped file
 
 
 def _write_graphs(
     source: ComponentSource, model: ir.Model, folder: Path, baked: Precision
-) -> _Written:
+) -> dict[str, GraphSpec]:
     onnx = folder / "onnx"
     onnx.mkdir(exist_ok=True)
     stored = StoredWeights(model, onnx / f"{source.name}.onnx.data", DATA_TYPES[baked])
@@ -122,7 +147,6 @@ def _write_graphs(
         precision: set_precision(model, precision, source.float32, weights)
         for precision in source.precisions
     }
-    twin = round_bf16(models["bf16"]) if "bf16" in models else None
     if source.heads:
         models[FUSED_FORM] = fuse_attention(model, source.heads)
     graphs = {}
@@ -130,7 +154,7 @@ def _write_graphs(
         file = f"onnx/{source.name}.{form}.onnx"
         ir.save(stored.link(each), folder / file)
         graphs[form] = _graph_spec(file, each, weights)
-    return _Written(source, folder, ComponentSpec(source.name, graphs), twin)
+    return graphs
 
 
 def _layer_parameters(source: ComponentSource) -> list[tuple[str, torch.nn.Parameter]]:
@@ -156,56 +180,56 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 def _prove(written: _Written) -> list[Comparison]:
     """Run every form in ONNX Runtime beside torch; of layers, the first and the last."""
-    count = len(written.source.layers)
+    name, count = written.spec.name, len(written.source.layers)
     layers: list[int | None] = [*sorted({0, count - 1})] if count else [None]
+    expected = {layer: _reference(written, layer) for layer in layers}
     files = {file: FileEntry(0, "") for file in written.spec.weight_files}
-    manifest = Manifest("", None, "", (), {}, {written.spec.name: written.spec}, files=files)
+    manifest = Manifest("", None, "", (), {}, {name: written.spec}, files=files)
     draft = Bundle(written.folder, manifest, "")
     rows: list[Comparison] = []
     with tempfile.TemporaryDirectory(dir=written.folder, prefix=".twin-") as scratch:
         for form in written.spec.graphs:
             runner, weights_form = _runner(written, form, Path(scratch))
-            for layer in layers:
-                rows += _compare(written, draft, form, layer, runner, weights_form)
+            inputs = _inputs(written.source, runner)
+            for layer, reference in expected.items():
+                got = runner.run(inputs, _weights(draft, name, layer, weights_form))
+                depth = written.source.depth
+                rows += compare_outputs(name, form, layer, got, reference, depth)
     return rows
+
+
+@torch.no_grad()
+def _reference(written: _Written, layer: int | None) -> dict[str, Array]:
+    """What torch computes in float32 with the weights that were to be stored."""
+    source, weights = written.source, {}
+    if layer is not None:
+        stored = _stored(source.name, source.layers[layer](), written.dtype)
+        weights = {key: weight.float() for key, weight in stored.items()}
+    results = torch.func.functional_call(source.module, weights, (), dict(source.inputs))
+    results = results if isinstance(results, tuple) else (results,)
+    return {key: value.numpy() for key, value in zip(source.outputs, results, strict=True)}
 
 
 def _runner(written: _Written, form: str, scratch: Path) -> tuple[OnnxRuntimeRunner, str]:
     """Load a form for the CPU, and say in which form it takes its weights; bf16 by its twin."""
     graph = written.spec.graphs[form]
-    if form != "bf16" or written.twin is None:
-        return OnnxRuntimeRunner(graph, written.folder / graph.file, threads=2), form
-    path = scratch / "twin.onnx"
-    ir.save(written.twin, path)
+    path = written.folder / graph.file
+    if form != "bf16":
+        return OnnxRuntimeRunner(graph, path, threads=2), form
+    twin, path = round_bf16(ir.load(path)), scratch / "twin.onnx"
+    ir.save(twin, path, external_data="twin.onnx.data")
     weights = frozenset(spec.name for spec in graph.weights)
-    return OnnxRuntimeRunner(_graph_spec(path.name, written.twin, weights), path, threads=2), "fp32"
+    return OnnxRuntimeRunner(_graph_spec(path.name, twin, weights), path, threads=2), "fp32"
 
 
-def _compare(
-    written: _Written,
-    draft: Bundle,
-    form: str,
-    layer: int | None,
-    runner: OnnxRuntimeRunner,
-    weights_form: str,
-) -> list[Comparison]:
-    source, name = written.source, written.spec.name
-    exact = draft.layer_weights(name, layer, "fp32") if layer is not None else {}
-    weights = draft.layer_weights(name, layer, weights_form) if layer is not None else None
-    inputs = {
+def _weights(
+    draft: Bundle, component: str, layer: int | None, form: str
+) -> dict[str, Array] | None:
+    return None if layer is None else draft.layer_weights(component, layer, form)
+
+
+def _inputs(source: ComponentSource, runner: OnnxRuntimeRunner) -> dict[str, Array]:
+    return {
         spec.name: source.inputs[spec.name].numpy().astype(spec.numpy_dtype)
         for spec in runner.graph.inputs
     }
-    got = runner.run(inputs, weights)
-    expected = _reference(source, exact)
-    return compare_outputs(name, form, layer, got, expected, source.depth)
-
-
-@torch.no_grad()
-def _reference(source: ComponentSource, weights: dict[str, Array]) -> dict[str, Array]:
-    """What torch computes in float32."""
-    # torch wants arrays it may write to; the views of a mapped file are not, so they are copied.
-    tensors = {key: torch.from_numpy(np.require(a, requirements="W")) for key, a in weights.items()}
-    results = torch.func.functional_call(source.module, tensors, (), dict(source.inputs))
-    results = results if isinstance(results, tuple) else (results,)
-    return {key: value.numpy() for key, value in zip(source.outputs, results, strict=True)}
