@@ -9,6 +9,7 @@ __all__ = ["ISLAND_SCOPE", "export_component"]
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Generator
 from typing import Any
@@ -95,17 +96,22 @@ def _name_sizes(model: ir.Model, source: ComponentSource) -> None:
     for value in model.graph.inputs:
         for axis, symbol in source.dynamic.get(value.name or "", {}).items():
             assert value.shape is not None
-            names[str(value.shape[axis])] = symbol
+            names[_base(str(value.shape[axis]))] = _base(symbol)
     nodes = [output for node in model.graph for output in node.outputs]
     for value in (*model.graph.inputs, *nodes):
         if value.shape is not None:
             value.shape = ir.Shape([_rename(size, names) for size in value.shape])
 
 
+def _base(symbol: str) -> str:
+    """`h` of `8*h`."""
+    return symbol.rpartition("*")[2]
+
+
 def _rename(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
     if isinstance(size, int) or size.value is None:
         return size if isinstance(size, int) else None
-    return names.get(str(size), str(size))
+    return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), str(size))
 
 
 def _mark_islands(model: ir.Model, module: nn.Module) -> None:
