@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, SkyReelsV2DiffusionForcingPipeline
-from diffusers import SkyReelsV2Transformer3DModel as Transformer
+from diffusers import SkyReelsV2DiffusionForcingPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from .autoencoder import MODEL
+from .autoencoder import MODEL, load_vae
 from .forcing import CHUNK
 from .job import OUT, THREADS
 from .judge import judge_clip, score_clip
-from .transformer import build_scheduler
+from .transformer import build_scheduler, build_transformer
 from .world import SIZE, draw_scene
 
 _GUIDANCE = 6.0
@@ -31,12 +32,14 @@ _GUIDANCE = 6.0
 
 def load_pipeline() -> SkyReelsV2DiffusionForcingPipeline:
     """Return diffusers' pipeline over the saved model, in float32."""
-    half = {"torch_dtype": torch.float32}
+    # SkyReelsV2Transformer3DModel.from_pretrained of diffusers 0.42.1 wants accelerate.
+    transformer = build_transformer()
+    transformer.load_state_dict(load_file(MODEL / "transformer" / SAFETENSORS_WEIGHTS_NAME))
     pipeline = SkyReelsV2DiffusionForcingPipeline(
         tokenizer=AutoTokenizer.from_pretrained(MODEL / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(MODEL / "text_encoder").float().eval(),
-        transformer=Transformer.from_pretrained(MODEL / "transformer", **half).eval(),
-        vae=AutoencoderKLWan.from_pretrained(MODEL / "vae", **half).eval(),
+        transformer=transformer.eval(),
+        vae=load_vae(),
         scheduler=build_scheduler(),
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -8,8 +8,10 @@ __all__ = ["Mini", "build_mini"]
 
 import argparse
 import copy
+import json
 import time
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
@@ -29,6 +31,16 @@ _NOT_MATRICES = ("patch_embedding", "proj_out", "fps_embedding", "shared", "embe
 _DROPOUT = 0.1  # share of samples without a caption
 _WHOLE = 5  # every fifth step trains on whole windows
 _SHAPES = {True: (3, 5), False: (8, 2)}  # batch, chunks: of a whole window, and else
+
+_INDEX = {
+    "_class_name": "SkyReelsV2DiffusionForcingPipeline",
+    "_diffusers_version": diffusers.__version__,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "SkyReelsV2Transformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
 
 
 class Mini(nn.Module):
@@ -52,6 +64,7 @@ class Mini(nn.Module):
         half.text_encoder.save_pretrained(MODEL / "text_encoder")
         self.tokenizer.save_pretrained(MODEL / "tokenizer")
         build_scheduler().save_pretrained(MODEL / "scheduler")
+        (MODEL / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
 
 
 def build_transformer(layers: int = 6, heads: int = 3) -> SkyReelsV2Transformer3DModel:
