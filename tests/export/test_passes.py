@@ -317,3 +317,10 @@ def apply_rules(nodes, sources, keep):
         kind = np.float32 if island else bf16
         values.append(compute[op](*(values[p % len(values)].astype(kind) for p in places)))
     return values[-1].astype(np.float32 if keep else bf16).astype(np.float32)
+
+
+def test_every_graph_of_a_bundle_is_sound(tiny_bundle):
+    paths = sorted((tiny_bundle / "onnx").glob("*.onnx"))
+    assert len(paths) == 3 * 13 + 2
+    for path in paths:
+        onnx.checker.check_model(path, full_check=True)

@@ -168,3 +168,10 @@ def test_every_single_rounding_can_be_seen_in_the_result(chain, name):
     without = without_roundings(twin, {name})
     assert len(without.graph) == len(twin.graph) - 2
     assert (run(without, given) != expected).any()
+
+
+def test_the_twins_of_a_whole_bundle_differ_in_nothing_but_the_type(tiny_bundle):
+    paths = sorted((tiny_bundle / "onnx").glob("*.bf16.onnx"))
+    assert len(paths) == 13
+    for path in paths:
+        assert_same_but_for_type(ir.external_data.load_to_model(ir.load(path)))
