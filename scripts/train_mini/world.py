@@ -166,7 +166,7 @@ def _draw_any(rng: np.random.Generator, actors: int | None, plain: bool) -> Scen
 
 def _draw_actor(rng: np.random.Generator, colour: str) -> Actor:
     size = str(rng.choice(list(RADII)))
-    # Half of the scenes keep their object: otherwise eight of nine would move.
+    # A fifth stay: drawn evenly, eight of nine would move.
     motion = "stays" if rng.random() < 0.2 else str(rng.choice(MOTIONS[1:]))
     start, restart = (_draw_centre(rng, RADII[size], motion) for _ in range(2))
     return Actor(str(rng.choice(SHAPES)), colour, size, motion, start, restart)
