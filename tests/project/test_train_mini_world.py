@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.train_mini import forcing, judge, muon, render, text, transformer, world
+from scripts.train_mini import (
+    autoencoder,
+    forcing,
+    judge,
+    linear,
+    muon,
+    render,
+    text,
+    transformer,
+    world,
+)
 from scripts.train_mini.world import Actor, Scene
 
 SEEDS = st.integers(0, 2**31)
@@ -207,3 +217,17 @@ def test_orthogonalise_levels_singular_values() -> None:
             )
             < 1e-3
         )
+
+
+def test_the_whole_vae_begins_where_the_linear_one_ended() -> None:
+    torch.manual_seed(0)
+    vae, video = autoencoder.build_vae(), torch.rand(1, 3, 13, 16, 16) * 2 - 1
+    with torch.no_grad():
+        with linear.linear_only(vae):
+            before = vae.encode(video).latent_dist.mode()
+            linear_video = vae.decode(before).sample
+        linear.restore_nonlinear(vae, video)
+        after = vae.encode(video).latent_dist.mode()
+        whole_video = vae.decode(before).sample
+    assert (after - before).std() < 0.15 * before.std()
+    assert (whole_video - linear_video).std() < 0.15 * linear_video.std()
