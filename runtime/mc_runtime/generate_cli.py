@@ -6,7 +6,8 @@ The flags of the settings are those of `GenerationOptions`, whose defaults they 
 
 __all__ = ["main"]
 
-import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -22,15 +23,22 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from mc_engines.command import INTERRUPTED, command
+from mc_engines.errors import require
 from mc_runtime.generation import Progress
 from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.output_file import check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
-from mc_runtime.run_record import read_options, record_run, write_record
-from mc_runtime.video import VideoWriter, check_output, read_video
+from mc_runtime.run_record import hash_files, read_options, record_run, write_record
+from mc_runtime.video import VideoWriter, read_video
 from motioncache import POLICIES
 
 FILE = click.Path(path_type=Path, dir_okay=False)
+INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
 _NOISE, _PROMPT, _NEGATIVE = "noise", "prompt_embeds", "negative_prompt_embeds"
+# What numpy raises for a text, a lone array, an empty, cut or damaged file.
+_NOT_NPZ = (
+    OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
 _HELP = {
     "num_frames": "Frames of the video.",
     "height": "Pixels.",
@@ -70,7 +78,7 @@ class _Run:
     options: GenerationOptions
     texts: dict[str, Any]
     arrays: dict[str, Any]
-    files: dict[str, Path]
+    files: dict[str, dict[str, str]]
     policy: str
     output: Path | None
     save_latents: Path | None
@@ -82,12 +90,12 @@ class _Run:
 @click.option("--prompt", help="What to show.")
 @click.option("--negative-prompt", help="What not to show; empty by default.")
 @click.option("-o", "--output", type=FILE, help="The mp4 to write; a JSON is written beside it.")
-@click.option("--video", type=FILE, help="A video to continue; its last frames come first.")
+@click.option("--video", type=INPUT, help="A video to continue; its last frames come first.")
 @click.option("--image", type=FILE, help="Refused: one frame does not fill a chunk.")
-@click.option("--prompt-embeds", type=FILE, help="npz with prompt_embeds instead of a prompt.")
-@click.option("--latents", type=FILE, help="npz with noise; the sizes follow from it.")
+@click.option("--prompt-embeds", type=INPUT, help="npz with prompt_embeds instead of a prompt.")
+@click.option("--latents", type=INPUT, help="npz with noise; the sizes follow from it.")
 @click.option("--save-latents", type=FILE, help="npz to write; without -o no VAE is needed.")
-@click.option("--repeat", type=FILE, help="JSON of a run to repeat; flags given here win.")
+@click.option("--repeat", type=INPUT, help="JSON of a run to repeat; flags given here win.")
 @click.option("--policy", type=click.Choice(list(POLICIES)), default="none", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
@@ -110,9 +118,12 @@ def main(
         raise click.UsageError("Missing option '-o' or '--save-latents'. Name an output.")
     if values.pop("image") is not None:
         raise ValueError(IMAGE_REFUSED)
-    record = outputs[0].with_suffix(".json")
-    for path in (*outputs, record):
+    for path in outputs:
         check_output(path, overwrite)
+    record = outputs[0].with_suffix(".json")
+    check_output(record, overwrite)
+    if output is not None:
+        require("av", "video")
     pipeline = VideoPipeline.from_bundle(bundle, values["threads"])
     given = {
         name: value
@@ -120,12 +131,33 @@ def main(
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     if repeat is not None:
-        values |= read_options(repeat, pipeline.bundle) | given
+        values |= _replace_prompts(read_options(repeat, pipeline.bundle), given)
         pipeline = VideoPipeline(pipeline.bundle, values["threads"])
     run = _prepare(pipeline, values, given, output, save_latents)
+    _check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
     interrupted = _generate(run, record, quiet)
     if interrupted:
         ctx.exit(INTERRUPTED)
+
+
+def _replace_prompts(recorded: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Let flags win over a record: a prompt also over recorded embeddings, and the reverse."""
+    for wins, loses in (("prompt", _PROMPT), (_PROMPT, "prompt")):
+        if wins in given:
+            recorded[loses] = None
+    return {**recorded, **given}
+
+
+def _check_distinct(outputs: list[Path], inputs: list[Path]) -> None:
+    """Refuse outputs that would replace each other, or an input, without which no run repeats."""
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path}: expected a file of its own, got another output or an input. "
+                "Choose another name."
+            )
+        taken.add(path.resolve())
 
 
 def _prepare(
@@ -153,7 +185,8 @@ def _prepare(
         size = (options.width, options.height, options.overlap_history)
         arrays["video"] = read_video(files["video"], *size)
     texts = {name: values[name] for name in ("prompt", "negative_prompt")}
-    return _Run(pipeline, options, texts, arrays, files, values["policy"], output, save_latents)
+    hashes = hash_files(files)
+    return _Run(pipeline, options, texts, arrays, hashes, values["policy"], output, save_latents)
 
 
 def _load(path: Path, name: str) -> NDArray[Any]:
@@ -164,9 +197,11 @@ def _load(path: Path, name: str) -> NDArray[Any]:
                 array: NDArray[Any] = arrays[name]
                 return array
             found = ", ".join(arrays)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: expected an npz file, got: {error}.") from error
-    raise ValueError(f"{path}: expected an array '{name}', got {found}.")
+    except _NOT_NPZ as error:
+        raise ValueError(
+            f"{path}: expected an npz file, got: {error}. Write it with numpy.savez."
+        ) from error
+    raise ValueError(f"{path}: expected an array '{name}', got {found}. Add it to the file.")
 
 
 def _sizes(
@@ -174,7 +209,10 @@ def _sizes(
 ) -> dict[str, int]:
     """Sizes that follow from the noise; flags that say otherwise are refused."""
     if noise.ndim != 4:
-        raise ValueError(f"{_NOISE}: expected float32 (16, frames, h, w), got {noise.shape}.")
+        raise ValueError(
+            f"{_NOISE}: expected float32 (16, frames, h, w), got {noise.dtype} {noise.shape}. "
+            "Leave out axes of size 1."
+        )
     grid = pipeline.grid
     _, frames, height, width = noise.shape
     sizes = {
@@ -191,8 +229,12 @@ def _sizes(
 
 
 def _generate(run: _Run, record: Path, quiet: bool) -> bool:
-    """Run and write; whatever ends the run, the finished chunks are kept."""
-    interrupted = False
+    """Run and write; whatever ends the run, the finished chunks are kept.
+
+    Returns:
+        Whether it was interrupted.
+    """
+    complete = False
     with ExitStack() as stack:
         display = stack.enter_context(_Display(quiet))
         chunks = run.pipeline.generate(
@@ -201,7 +243,7 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
             policy=run.policy,
             decode=run.output is not None,
             callback=display.advance,
-            note=lambda text: click.echo(text, err=True),
+            note=lambda text: None if quiet else click.echo(text, err=True),
             options=run.options,
         )
         writer = None
@@ -210,15 +252,16 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
             writer = stack.enter_context(VideoWriter(run.output, run.options.fps, *size))
         try:
             _write_chunks(run, chunks, writer, display)
+            complete = True
         except KeyboardInterrupt:
-            interrupted = True
+            pass  # the caller learns it from the result
         finally:
-            _save(run, record, interrupted)
+            _save(run, record, not complete)
     if not quiet:
         outputs = ", ".join(str(path) for path in (run.output, run.save_latents) if path)
-        state = f"interrupted after {len(run.chunks)} chunks" if interrupted else "done"
+        state = "done" if complete else f"interrupted after {len(run.chunks)} chunks"
         click.echo(f"{state}: {outputs if run.chunks else 'nothing to keep'}")
-    return interrupted
+    return not complete
 
 
 def _write_chunks(
@@ -237,12 +280,8 @@ def _save(run: _Run, record: Path, interrupted: bool) -> None:
         return
     if run.save_latents is not None:
         latents = np.concatenate([chunk.latents for chunk in run.chunks], axis=1)
-        hidden = run.save_latents.absolute().with_name(
-            f".{run.save_latents.name}.partial-{os.getpid()}"
-        )
-        with hidden.open("wb") as file:
+        with replace_file(run.save_latents) as hidden, hidden.open("wb") as file:
             np.savez(file, latents=latents)
-        hidden.replace(run.save_latents)
     values = record_run(
         run.pipeline.bundle,
         run.options,
@@ -272,7 +311,6 @@ class _Display:
             disable=quiet or not console.is_terminal,
         )
         self._task: TaskID = self._bar.add_task("denoising", total=None, chunks="")
-        self._elapsed = 0.0
         self._words = "first chunk to come"
 
     def __enter__(self) -> "_Display":
@@ -284,7 +322,6 @@ class _Display:
 
     def advance(self, progress: Progress) -> None:
         """Show where the schedule is."""
-        self._elapsed = progress.elapsed
         self._bar.update(
             self._task, completed=progress.row, total=progress.rows, chunks=self._words
         )

@@ -3,11 +3,10 @@
 Neighbours: `mc-generate` writes a record and reads one back for `--repeat`.
 """
 
-__all__ = ["read_options", "record_run", "write_record"]
+__all__ = ["hash_files", "read_options", "record_run", "write_record"]
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,16 +17,31 @@ from typing import Any
 
 from mc_engines.bundle import Bundle
 from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.output_file import replace_file
 
 SCHEMA = "motioncache.run/v1"
 _PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "av")
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Note where input files are and what is in them, before the run: an output may replace one.
+
+    Args:
+        files: By parameter name of `mc-generate`.
+
+    Returns:
+        `path`, absolute so that the record is of use in any folder, and `sha256` by name.
+    """
+    return {
+        name: {"path": str(path.absolute()), "sha256": _hash(path)} for name, path in files.items()
+    }
 
 
 def record_run(
     bundle: Bundle,
     options: GenerationOptions,
     inputs: Mapping[str, Any],
-    files: Mapping[str, Path],
+    files: Mapping[str, Mapping[str, str]],
     threads: int | None,
     policy: str,
     chunks: Sequence[Chunk],
@@ -39,7 +53,7 @@ def record_run(
         bundle: What was run.
         options: Every setting.
         inputs: Prompts, as given.
-        files: Input files by option name; their hashes are recorded.
+        files: Input files, from `hash_files`.
         threads: Threads of one operator, or None.
         policy: Name of the cache policy.
         chunks: Those that were finished; their times are recorded.
@@ -52,10 +66,10 @@ def record_run(
         "schema": SCHEMA,
         "options": asdict(options),
         "inputs": dict(inputs),
-        "files": {name: {"path": str(path), "sha256": _hash(path)} for name, path in files.items()},
+        "files": dict(files),
         "policy": policy,
         "threads": threads,
-        "bundle": {"path": str(bundle.path), "hash": bundle.hash},
+        "bundle": {"path": str(bundle.path.absolute()), "hash": bundle.hash},
         "versions": _versions(),
         "interrupted": interrupted,
         "chunks": [
@@ -72,10 +86,10 @@ def record_run(
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, under a hidden name first."""
-    hidden = path.absolute().with_name(f".{path.name}.partial-{os.getpid()}")
-    hidden.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    hidden.replace(path)
+    """Write a record as JSON; the old one stays until the new one is whole."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    with replace_file(path) as hidden:
+        hidden.write_text(text + "\n", encoding="utf-8")
 
 
 def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
@@ -86,32 +100,60 @@ def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
         bundle: On which the run is to be repeated.
 
     Returns:
-        Fields of `GenerationOptions`, `threads`, and prompts and files by parameter name of
-        `mc-generate`.
+        Fields of `GenerationOptions`, `policy`, `threads`, prompts and files, by parameter name
+        of `mc-generate`.
 
     Raises:
         ValueError: It is no record of this version, or of another bundle, or an input has changed.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record.get("schema")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected the JSON of a run, got: {error}.") from error
-    if found != SCHEMA:
-        raise ValueError(f"{path}: expected schema {SCHEMA}, got {found}.")
-    if record["bundle"]["hash"] != bundle.hash:
+    record = _read_record(path)
+    if record["bundle"] != bundle.hash:
         raise ValueError(
-            f"{path}: expected the bundle {record['bundle']['hash'][:12]}, "
+            f"{path}: expected the bundle {record['bundle'][:12]}, "
             f"got {bundle.path} with {bundle.hash[:12]}. Repeat the run on the bundle it used."
         )
-    files = {name: Path(entry["path"]) for name, entry in record["files"].items()}
-    for name, file in files.items():
-        if not file.is_file() or _hash(file) != record["files"][name]["sha256"]:
+    for file, digest in record["files"]:
+        if not file.is_file() or _hash(file) != digest:
             raise ValueError(
                 f"{file}: expected the file of the recorded run, got another or none. "
                 "Restore it, or run without --repeat."
             )
-    return {**record["options"], **record["inputs"], **files, "threads": record["threads"]}
+    values: dict[str, Any] = record["values"]
+    return values
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Take from a record what a repetition needs: `bundle`, `files` and `values`."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record.get("schema")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected the JSON of a run, got: {error}. Pass one that mc-generate wrote."
+        ) from error
+    if found != SCHEMA:
+        raise ValueError(
+            f"{path}: expected schema {SCHEMA}, got {found}. Pass one that mc-generate wrote."
+        )
+    try:
+        settings = asdict(GenerationOptions(**record["options"]))
+        files = {name: Path(entry["path"]) for name, entry in record["files"].items()}
+        return {
+            "bundle": record["bundle"]["hash"],
+            "files": [(files[name], entry["sha256"]) for name, entry in record["files"].items()],
+            "values": {
+                **settings,
+                **record["inputs"],
+                **files,
+                "policy": record["policy"],
+                "threads": record["threads"],
+            },
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a whole record, got one without or with a wrong {error}. "
+            "Pass one that mc-generate wrote."
+        ) from error
 
 
 def _versions() -> dict[str, str]:

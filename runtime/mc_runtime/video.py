@@ -1,86 +1,127 @@
-"""Video files: frames to mp4 chunk by chunk, and the last frames of a file to continue.
+"""Frames to an mp4 file, chunk by chunk, and the last frames of a video file to pixels.
 
-PyAV (the extra `video`) is imported when a file is opened. Neighbours: `VideoPipeline` yields the
-frames, `mc-generate` writes them.
+`VideoPipeline` gives the frames that `VideoWriter` takes, and continues what `read_video` gives.
 """
 
-__all__ = ["VideoWriter", "check_output", "read_video"]
+__all__ = ["VideoWriter", "read_video"]
 
-import os
 from collections import deque
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.errors import require
+from mc_runtime.output_file import hidden_path, write_failure
 
-Frames = NDArray[np.uint8]
-
-CODEC = "libx264"
-# One thread: x264's output depends on how many there are, and the same frames must give the same
-# bytes on every machine.
-CODEC_OPTIONS = {"preset": "medium", "crf": "16", "threads": "1"}
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that could not be written, before the work starts.
-
-    Args:
-        path: Of a file.
-        overwrite: Accept one that exists.
-
-    Raises:
-        ValueError: It exists, or its folder is missing or cannot be written into.
-    """
-    folder = path.absolute().parent
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: expected a new file, got one that exists. Pass --overwrite.")
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file, got a folder. Name a file in it.")
-    if not folder.is_dir():
-        raise ValueError(f"{path}: expected an existing folder, got none. Run: mkdir -p {folder}")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(
-            f"{path}: expected a folder that can be written into, got {folder}. Choose another."
-        )
+# swscale's best paths: chroma interpolated at full size, rounding that no CPU does differently.
+_SCALING = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+# H.264's codes for BT.709 primaries, transfer and matrix (all 1), and for limited range.
+_BT709, _LIMITED_RANGE = 1, 1
 
 
 class VideoWriter:
-    """Writes an mp4 (H.264, yuv420p) under a hidden name, which `close` makes the final one.
+    """An mp4 file that grows chunk by chunk: H.264, yuv420p, BT.709.
 
-    What was written before an interrupt is a playable file once it is closed; a crash leaves the
-    hidden file alone, and what was at the path before.
+    Equal frames give equal bytes, on any number of cores. Frames are written to a hidden file
+    beside `path` that gets its name in `close`. Leaving the `with` block closes, also on an error
+    or on Ctrl-C: what was written by then is a whole video. On a full disk the chunks that still
+    fitted are kept.
 
     Args:
-        path: Of the video.
+        path: File to write.
         fps: Frames per second.
-        width: Pixels, even.
-        height: Pixels, even.
+        width: Pixels; even.
+        height: Pixels; even.
 
     Raises:
         MissingExtraError: PyAV is not installed.
     """
 
     def __init__(self, path: Path, fps: int, width: int, height: int) -> None:
-        av = require("av", "video")
-        self.path = path
-        self._hidden = path.absolute().with_name(f".{path.name}.partial-{os.getpid()}")
-        self._container: Any = av.open(
-            str(self._hidden), "w", format="mp4", options={"fflags": "+bitexact"}
+        self._av = require("av", "video")
+        self._path, self._temporary = path, hidden_path(path)
+        self._shape = (height, width, 3)
+        self._frames = 0
+        self._open = True
+        # A hybrid file is fragmented, one fragment a chunk, until it is closed; then it is a
+        # plain mp4. So a disk that fills up costs the chunks that did not fit, no others.
+        self._container = self._av.open(
+            str(self._temporary),
+            "w",
+            format="mp4",
+            options={"movflags": "hybrid_fragmented", "fflags": "bitexact"},
         )
-        self._stream: Any = self._container.add_stream(CODEC, rate=fps, options=CODEC_OPTIONS)
-        self._stream.width, self._stream.height = width, height
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = Fraction(1, fps)
-        self._frame = av.VideoFrame
-        self.frames = 0
+        self._stream = self._container.add_stream(
+            "libx264",
+            rate=fps,
+            options={"preset": "medium", "crf": "18", "flags": "bitexact"},
+        )
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        # x264's output depends on its number of threads, which by default follows the machine.
+        self._stream.codec_context.thread_count = 1
+        for tag in ("colorspace", "color_primaries", "color_trc"):
+            setattr(self._stream.codec_context, tag, _BT709)
+        self._stream.codec_context.color_range = _LIMITED_RANGE
+        self._to_yuv = self._av.filter.Graph()
+        source = self._to_yuv.add_buffer(
+            width=width, height=height, format="rgb24", time_base=Fraction(1, fps)
+        )
+        _link(
+            self._to_yuv,
+            source,
+            ("scale", f"{_SCALING}:out_color_matrix=bt709:out_range=tv"),
+            ("format", "yuv420p"),
+        )
 
-    def __enter__(self) -> "VideoWriter":
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append the frames of a chunk; they begin with a key frame.
+
+        Args:
+            frames: Pixels, shape (frames, height, width, 3), uint8.
+
+        Raises:
+            ValueError: The frames have another dtype or shape.
+            OSError: The file cannot be written, for example because the disk is full.
+        """
+        if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
+            height, width, _ = self._shape
+            raise ValueError(
+                f"{self._path}: expected frames uint8 (n, {height}, {width}, 3), "
+                f"got {frames.dtype} {frames.shape}."
+            )
+        try:
+            for index, pixels in enumerate(frames):
+                self._container.mux(self._stream.encode(self._next_frame(pixels, index == 0)))
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """Finish the file and give it its name; without any frame, leave none.
+
+        Raises:
+            OSError: The file cannot be written; it then holds the chunks that fitted.
+        """
+        if not self._open:
+            return
+        self._open = False
+        whole = False
+        try:
+            if self._frames:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+            whole = True
+        except OSError as error:
+            raise self._failure(error) from error
+        finally:
+            if self._frames and (whole or _cut_to_whole_chunks(self._temporary)):
+                self._temporary.replace(self._path)
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -89,67 +130,115 @@ class VideoWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
-
-    def write(self, frames: Frames) -> None:
-        """Append frames of shape (n, height, width, 3), uint8."""
-        for pixels in frames:
-            frame = self._frame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts, frame.time_base = self.frames, self._stream.codec_context.time_base
-            self._container.mux(self._stream.encode(frame))
-            self.frames += 1
-
-    def close(self) -> None:
-        """Finish the file and give it its name; without frames, leave none."""
-        if self._container is None:
-            return
-        container, self._container = self._container, None
         try:
-            container.mux(self._stream.encode())
-            container.close()
-            if self.frames:
-                self._hidden.replace(self.path)
-        finally:
-            with suppress(FileNotFoundError):
-                self._hidden.unlink()
+            self.close()
+        except OSError:
+            if error is None:  # otherwise the first error says more
+                raise
+
+    def _next_frame(self, pixels: NDArray[np.uint8], key: bool) -> Any:
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame.pts = self._frames
+        self._to_yuv.push(frame)
+        frame = self._to_yuv.pull()
+        frame.pict_type = self._av.video.frame.PictureType["I" if key else "NONE"]
+        self._frames += 1
+        return frame
+
+    def _failure(self, error: OSError) -> OSError:
+        return write_failure(self._path, error, " The chunks that fitted are kept.")
 
 
-def read_video(path: Path, width: int, height: int, frames: int) -> Frames:
-    """Read the last frames of a video, cut to the aspect ratio around the centre, then resized.
+def read_video(path: Path, width: int, height: int, frames: int) -> NDArray[np.uint8]:
+    """The last frames of a video file, at the size that is asked for.
+
+    The picture is turned upright, the middle is cut out in the aspect ratio of `width` to `height`,
+    and that is scaled bicubically (with a wider filter where it shrinks). Frames are taken as they
+    come: the rate of the file does not matter. Pixels are taken to be square.
 
     Args:
         path: Any file that FFmpeg decodes.
-        width: Pixels of the result.
-        height: Pixels of the result.
-        frames: How many from the end.
+        width: Pixels.
+        height: Pixels.
+        frames: How many frames.
 
     Returns:
-        shape (frames, height, width, 3), uint8.
+        Pixels, shape (frames, height, width, 3), uint8.
 
     Raises:
-        ValueError: It is no video, or has too few frames.
+        ValueError: The file is not a video, is damaged, or has too few frames.
+        OSError: The file cannot be read.
         MissingExtraError: PyAV is not installed.
     """
     av = require("av", "video")
     last: deque[Any] = deque(maxlen=frames)
     try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(container.streams.video[0]):
-                last.append(frame)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: expected a video, got: {error}.") from error
+        with av.open(str(path.absolute())) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: expected a video, got a file without pictures.")
+            last.extend(container.decode(video=0))
+    except OSError:
+        raise
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"{path}: expected a video, got a file that FFmpeg does not decode "
+            f"({error.strerror}). Give an mp4 or another whole video file."
+        ) from error
     if len(last) < frames:
         raise ValueError(
-            f"{path}: expected at least {frames} frames to continue, got {len(last)}. "
-            "Pass a longer clip, or a smaller --overlap-history."
+            f"{path}: expected at least {frames} frames, got {len(last)}. "
+            "Give a longer video, or a smaller --overlap-history."
         )
-    return np.stack([_resize(frame, width, height) for frame in last])
+    return _to_pixels(av, last, width, height)
 
 
-def _resize(frame: Any, width: int, height: int) -> Frames:
-    scale = max(width / frame.width, height / frame.height)
-    across, down = max(width, round(frame.width * scale)), max(height, round(frame.height * scale))
-    resized = frame.reformat(across, down, "rgb24", interpolation="BICUBIC").to_ndarray()
-    top, left = (down - height) // 2, (across - width) // 2
-    pixels: Frames = resized[top : top + height, left : left + width]
-    return pixels
+def _to_pixels(av: Any, frames: deque[Any], width: int, height: int) -> NDArray[np.uint8]:
+    first = frames[0]
+    turns = round(first.rotation / 90)  # quarter turns, counterclockwise, that set it upright
+    if turns % 2:
+        width, height = height, width
+    scale = min(first.width / width, first.height / height)
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=first.width,
+        height=first.height,
+        format=first.format.name,
+        time_base=first.time_base,
+    )
+    _link(
+        graph,
+        source,
+        ("crop", f"{round(width * scale)}:{round(height * scale)}:exact=1"),
+        ("scale", f"{width}:{height}:{_SCALING}"),
+        ("format", "rgb24"),
+    )
+    pixels = []
+    for frame in frames:
+        graph.push(frame)
+        pixels.append(np.rot90(graph.pull().to_ndarray(), turns))
+    return np.stack(pixels)
+
+
+def _link(graph: Any, source: Any, *filters: tuple[str, str]) -> None:
+    nodes = [graph.add(name, arguments) for name, arguments in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+
+
+def _cut_to_whole_chunks(path: Path) -> bool:
+    """Cut a file that broke off after its last whole fragment; tell whether one is whole."""
+    size, position, whole = path.stat().st_size, 0, 0
+    with path.open("r+b") as file:
+        while position < size:
+            file.seek(position)
+            header = file.read(16)
+            position += _box_size(header)
+            if header[4:8] == b"mdat" and position <= size:
+                whole = position
+        file.truncate(whole)
+    return whole > 0
+
+
+def _box_size(header: bytes) -> int:
+    """Size of an ISO media box in bytes; 1 in its first word means that 64 bits follow the name."""
+    size = int.from_bytes(header[:4])
+    return int.from_bytes(header[8:16]) if size == 1 else size
