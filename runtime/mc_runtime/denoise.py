@@ -100,6 +100,7 @@ class Window:
         latents: Prefix and noise at first, shape (c, frames, h, w); changed step by step.
         prefix: Latents of the prefix as the model is shown them, with noise added.
         matrix: Which chunk takes which step in which row.
+        first_chunk: Number in the video of the window's first chunk, for messages.
         branches: cond, and uncond with guidance.
         samplers: Per chunk.
         computed: Passes and tokens since the last chunk was finished.
@@ -110,6 +111,7 @@ class Window:
     latents: Latents
     prefix: Latents
     matrix: StepMatrix
+    first_chunk: int
     branches: list[_Branch] = field(init=False)
     samplers: list[SamplerState] = field(init=False)
     computed: Counter[str] = field(default_factory=Counter)
@@ -206,7 +208,8 @@ def _velocity(window: Window, branch: _Branch, chunk: int) -> Latents:
     out = _block_output(window, branch, chunk, x, np.flatnonzero(plan.recompute), step)
     patches = transformer.head(out, request.conditions.head_modulation[step : step + 1])
     if not np.isfinite(patches).all():
-        _refuse_nan({"embed": x, "block": out, "head": patches}, chunk, step)
+        values = {"embed": x, "block": out, "head": patches}
+        _refuse_nan(values, window.first_chunk + chunk, step)
     shape = (transformer.config.out_channels, *latents.shape[1:])
     return unpatchify(patches, patch, shape)
 

@@ -132,7 +132,8 @@ def generate_chunks(
     request = _request(inputs, transformer, policy)
     done = 0
     for number, (plan, matrix) in enumerate(zip(plans, matrices, strict=True)):
-        window = _open_window(request, inputs, video, number, plan, matrix)
+        first_chunk = output.done - plan.prefix // size
+        window = _open_window(request, inputs, video, number, plan, matrix, first_chunk)
 
         def after_row(row: int, before: int = done) -> None:
             elapsed = time.perf_counter() - output.start
@@ -188,6 +189,7 @@ def _open_window(
     number: int,
     plan: WindowPlan,
     matrix: StepMatrix,
+    first_chunk: int,
 ) -> Window:
     """Take over the prefix, with its noise, drawn once per window; the rest starts from noise."""
     options, frames = inputs.options, slice(plan.first, plan.first + plan.frames)
@@ -197,4 +199,5 @@ def _open_window(
     share = np.float32(0.001 * options.addnoise_condition)
     drawn = np.random.default_rng([options.seed, number + 1])
     noise = drawn.standard_normal(prefix.shape, np.float32)
-    return Window(request, latents, (1 - share) * prefix + share * noise, matrix)
+    shown = (1 - share) * prefix + share * noise
+    return Window(request, latents, shown, matrix, first_chunk)

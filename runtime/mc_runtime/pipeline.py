@@ -181,18 +181,18 @@ class VideoPipeline:
         if image is not None:
             raise ValueError(IMAGE_REFUSED)
         chosen = replace(options or GenerationOptions(), **settings)
-        prefix = self._encode_prefix(video, chosen)
-        validate_options(chosen, prefix.shape[1], self.grid)
+        validate_options(chosen, self._count_prefix(video, chosen), self.grid)
+        chosen_policy = find_policy(policy)
+        decoder = self.decoder if decode else None
+        noise = self._noise(latents, chosen)
         branches = [_pick("prompt", prompt, prompt_embeds)]
         if chosen.guidance_scale > 1:
             if negative_prompt is None and negative_prompt_embeds is None:
                 negative_prompt = ""
             branches.append(_pick("negative_prompt", negative_prompt, negative_prompt_embeds))
         embeddings = tuple(self._embed_text(*branch, note) for branch in branches)
-        noise = self._noise(latents, chosen)
-        inputs = Inputs(embeddings, noise, prefix, chosen, self.grid)
-        decoder = self.decoder if decode else None
-        return generate_chunks(inputs, self.transformer, decoder, find_policy(policy), callback)
+        inputs = Inputs(embeddings, noise, self._encode_prefix(video, chosen), chosen, self.grid)
+        return generate_chunks(inputs, self.transformer, decoder, chosen_policy, callback)
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
         """Generate a whole video.
@@ -213,18 +213,24 @@ class VideoPipeline:
         latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
         return Video(latents, np.concatenate(frames) if frames else None)
 
+    def _count_prefix(self, video: NDArray[np.uint8] | None, options: GenerationOptions) -> int:
+        """Latent frames that the frames to continue will be, once they are encoded."""
+        if video is None:
+            return 0
+        expected = (options.height, options.width, 3)
+        if not len(video) or video.shape[1:] != expected or video.dtype != np.uint8:
+            raise ValueError(
+                f"video: expected uint8 (n, {', '.join(map(str, expected))}), "
+                f"got {video.dtype} {video.shape}. Resize the frames."
+            )
+        return self.grid.latent_frames(min(len(video), options.overlap_history))
+
     def _encode_prefix(
         self, video: NDArray[np.uint8] | None, options: GenerationOptions
     ) -> Latents:
         """Latents of the frames to continue; of none without a video."""
         if video is None:
             return np.zeros(self._latent_shape(0, options), np.float32)
-        expected = (options.height, options.width, 3)
-        if video.shape[1:] != expected or video.dtype != np.uint8:
-            raise ValueError(
-                f"video: expected uint8 (n, {', '.join(map(str, expected))}), "
-                f"got {video.dtype} {video.shape}. Resize the frames."
-            )
         return self.encoder.encode(video[-options.overlap_history :])
 
     def _latent_shape(self, frames: int, options: GenerationOptions) -> tuple[int, ...]:

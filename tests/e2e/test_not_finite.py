@@ -77,6 +77,15 @@ class FailingRunner:
         return outputs if self.left > 0 else {name: x * np.nan for name, x in outputs.items()}
 
 
+def failing(pipeline, component, calls):
+    """A pipeline on the same bundle, one of whose components fails."""
+    runners = dict(pipeline.transformer.runners)
+    runners[component] = FailingRunner(runners[component], calls)
+    other = VideoPipeline(pipeline.bundle, threads=1)
+    other.transformer = replace(pipeline.transformer, runners=runners)
+    return other
+
+
 # With 4 steps and a lag of 2 the second chunk takes its steps 3 and 4 after the first is finished,
 # and before them the first is passed once more. Guidance doubles every call of block and head; the
 # block runs for two layers; embed runs once per step and branch, and once for the clean pass.
@@ -91,15 +100,22 @@ class FailingRunner:
     ],
 )
 def test_nan_that_appears_on_the_way(tiny, component, calls, chunk, step, finished):
-    runners = dict(tiny.transformer.runners)
-    runners[component] = FailingRunner(runners[component], calls)
-    pipeline = VideoPipeline(tiny.bundle, threads=1)
-    pipeline.transformer = replace(tiny.transformer, runners=runners)
+    pipeline = failing(tiny, component, calls)
     made = []
     with pytest.raises(EngineError) as error:
         made.extend(chunk.index for chunk in pipeline.generate("a cat", options=OPTIONS))
     assert str(error.value) == message(component, chunk, step)
     assert made == list(range(finished))
+
+
+@pytest.mark.parametrize("layout", [(57, 17), (53, 21)], ids=["overlap", "overlap cut"])
+def test_chunks_are_counted_through_all_windows(tiny, layout):
+    """The second window's second chunk is the third of the video."""
+    frames, overlap = layout
+    options = replace(OPTIONS, num_frames=frames, overlap_history=overlap)
+    with pytest.raises(EngineError) as error:
+        failing(tiny, "head", 16 + 1).run("a cat", options=options)
+    assert str(error.value) == message("head", 2, 1)
 
 
 @pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds"])

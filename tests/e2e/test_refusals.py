@@ -66,6 +66,20 @@ SIZES_FOLLOW = "Its sizes follow from the model, num_frames, height and width."
             "video: expected uint8 (n, 32, 32, 3), got float32 (25, 32, 32, 3). Resize the frames.",
         ),
         (
+            {"prompt": "a cat", "video": VIDEO[:0]},
+            "video: expected uint8 (n, 32, 32, 3), got uint8 (0, 32, 32, 3). Resize the frames.",
+        ),
+        (
+            {"prompt": "a cat", "video": VIDEO[:10]},
+            "video to continue: expected at least 17 frames, a chunk of 5 latent frames, got 3 "
+            "latent frames. Pass a longer video.",
+        ),
+        (
+            {"prompt": "a cat", "video": VIDEO, "overlap_history": 18},
+            "overlap_history: expected 4k + 1 frames from one chunk (17) to below base_num_frames "
+            "(33), got 18. Use 17.",
+        ),
+        (
             {"prompt": "a cat", "video": VIDEO[:13]},
             "video to continue: expected at least 17 frames, a chunk of 5 latent frames, got 4 "
             "latent frames. Pass a longer video.",
@@ -91,7 +105,10 @@ SIZES_FOLLOW = "Its sizes follow from the model, num_frames, height and width."
         ({"prompt": "a cat", "policy": "taylor"}, "policy: expected one of none, got taylor."),
     ],
 )
-def test_a_wrong_argument_is_refused_at_once(tiny, arguments, message):
+def test_a_wrong_argument_is_refused_before_any_work(tiny, monkeypatch, arguments, message):
+    for name in ("encode_prompt", "generate_chunks"):
+        monkeypatch.delattr(f"mc_runtime.pipeline.{name}")
+    monkeypatch.setattr(tiny, "encoder", None)
     with pytest.raises(ValueError) as error:
         tiny.generate(options=OPTIONS, **arguments)
     assert str(error.value) == message
