@@ -53,12 +53,12 @@ class VideoWriter:
             str(self._temporary),
             "w",
             format="mp4",
-            options={"movflags": "hybrid_fragmented", "fflags": "bitexact"},
+            options={"movflags": "hybrid_fragmented", "fflags": "+bitexact"},
         )
         self._stream = self._container.add_stream(
             "libx264",
             rate=fps,
-            options={"preset": "medium", "crf": "18", "flags": "bitexact"},
+            options={"preset": "medium", "crf": "18", "flags": "+bitexact"},
         )
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         # x264's output depends on its number of threads, which by default follows the machine.

@@ -81,6 +81,18 @@ def test_other_frames_give_other_bytes(tmp_path):
     )
 
 
+def test_every_chunk_begins_with_a_key_frame(tmp_path):
+    """Then a chunk is a fragment of its own, and a full disk costs only those that do not fit."""
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, 24, WIDTH, HEIGHT) as writer:
+        for _ in range(3):
+            writer.write(noisy(20))
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
+    assert keys == [0, 20, 40]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_keeps_the_frames_that_were_written(tmp_path, error):
     path = tmp_path / "out.mp4"
