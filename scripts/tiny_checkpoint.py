@@ -36,6 +36,7 @@ def make_tiny_checkpoint(
     fps_embedding: bool = True,
     parts: Sequence[str] = PARTS,
     shards: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a checkpoint; the same arguments give the same files.
 
@@ -50,6 +51,7 @@ def make_tiny_checkpoint(
         fps_embedding: Whether the transformer is told the frame rate, as DF-1.3B is.
         parts: Which of `PARTS` to write.
         shards: Files of the transformer's weights, at least.
+        dtype: Of all weights.
 
     Returns:
         The folder.
@@ -76,9 +78,9 @@ def make_tiny_checkpoint(
     for name in parts:
         part, arguments = make[name](), {}
         if isinstance(part, torch.nn.Module):
-            draw_weights(part, seed)
+            draw_weights(part.to(dtype), seed)
         if name == "transformer":
-            size = sum(4 * weight.numel() for weight in part.parameters())
+            size = sum(weight.nbytes for weight in part.parameters())
             arguments = {"max_shard_size": -(-size // shards)}
         part.save_pretrained(folder / name, **arguments)
     index = {"_class_name": "SkyReelsV2DiffusionForcingPipeline"}
