@@ -192,7 +192,7 @@ def _prepare(
 def _load(path: Path, name: str) -> NDArray[Any]:
     """Read one array of an npz; the pipeline checks its shape."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if name in arrays:
                 array: NDArray[Any] = arrays[name]
                 return array
@@ -268,9 +268,9 @@ def _write_chunks(
     run: _Run, chunks: Iterator[Chunk], writer: VideoWriter | None, display: "_Display"
 ) -> None:
     for chunk in chunks:
+        run.chunks.append(chunk)
         if writer is not None and chunk.frames is not None:
             writer.write(chunk.frames)
-        run.chunks.append(chunk)
         display.show_chunk(chunk)
 
 
