@@ -62,7 +62,7 @@ def main(
     """Turn a checkpoint into a bundle of ONNX graphs and weights, and prove it beside torch."""
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'. Name the bundle's folder.")
-    for module, extra in (("torch", "export"), ("onnxscript", "export"), ("onnxruntime", "cpu")):
+    for module, extra in (("onnxruntime", "cpu"), ("torch", "export"), ("onnxscript", "export")):
         require(module, extra)
     opened = _open(model, checkpoint)
     for part in _missing(opened):

@@ -38,7 +38,7 @@ Latents = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Video:
-    """A whole video.
+    """All chunks of a video, put together.
 
     Attributes:
         latents: shape (16, frames, h, w).

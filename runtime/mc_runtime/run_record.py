@@ -47,7 +47,7 @@ def record_run(
     chunks: Sequence[Chunk],
     interrupted: bool,
 ) -> dict[str, Any]:
-    """Describe a run.
+    """Gather what it takes to repeat a run, and what came out of it.
 
     Args:
         bundle: What was run.

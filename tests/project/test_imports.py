@@ -1,57 +1,111 @@
-"""What may import what, seen from outside: the runtime works where torch is not installed."""
+"""What is imported when: the runtime without torch, an optional library only where it is used.
+
+Each test is a process of its own in which some libraries are absent: they cannot be imported.
+"""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-BLOCKER = """
+OPTIONAL = (
+    *("torch", "onnx", "onnxscript", "onnxruntime", "av", "tensorrt", "tensorrt_rtx", "psutil"),
+    *("transformers", "diffusers", "huggingface_hub", "safetensors"),
+)
+WITHOUT = """
 import importlib, pkgutil, sys
-blocked = {blocked!r}
-class Blocker:
+from importlib.metadata import entry_points
+
+class Absent:
+    asked_for = []
+
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in blocked:
-            raise ImportError(name + " is blocked")
-sys.meta_path.insert(0, Blocker())
+        if name.partition(".")[0] in {absent}:
+            self.asked_for.append(name)
+            raise ModuleNotFoundError(f"No module named '{{name}}'", name=name)
+
+sys.meta_path.insert(0, Absent())
 """
-HEAVY = ["torch", "onnx", "onnxruntime", "av", "transformers", "diffusers", "huggingface_hub"]
+RUN_COMMAND = """
+(command,) = entry_points(group="console_scripts", name={name!r})
+command.load()({arguments}, {name!r})
+"""
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("package", ["motioncache", "mc_engines", "mc_runtime"])
-def test_every_module_imports_without_the_optional_libraries(package: str) -> None:
-    code = BLOCKER.format(blocked=[*HEAVY, "safetensors", "mc_export"]) + (
-        f"package = importlib.import_module({package!r})\n"
-        "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
-        "    importlib.import_module(module.name)\n"
+def run_without(
+    absent: tuple[str, ...], code: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    code = WITHOUT.format(absent=absent) + code
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
 
 
-def test_the_help_of_mc_export_does_not_need_torch() -> None:
-    code = BLOCKER.format(blocked=HEAVY) + ("from mc_export.cli import main\nmain(['--help'])\n")
-    result = run_python(code)
+def test_no_module_but_the_exporters_imports_an_optional_library(tmp_path: Path) -> None:
+    code = """
+count = 0
+for package in ("motioncache", "mc_engines", "mc_runtime"):
+    folders = importlib.import_module(package).__path__
+    for module in pkgutil.walk_packages(folders, package + "."):
+        importlib.import_module(module.name)
+        count += 1
+print(count > 20, Absent.asked_for)
+"""
+    result = run_without(OPTIONAL, code, tmp_path)
+    assert (result.stdout, result.stderr) == ("True []\n", "")
+
+
+def test_the_help_of_mc_export_imports_none_either(tmp_path: Path) -> None:
+    code = f"""
+import atexit
+atexit.register(lambda: print(Absent.asked_for))
+{RUN_COMMAND.format(name="mc-export", arguments=["--help"])}
+"""
+    result = run_without(OPTIONAL, code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "--checkpoint" in result.stdout
+    assert result.stdout.endswith("\n[]\n")
+
+
+GENERATE = "mc-generate {bundle} --prompt lighthouse --num-frames 37 --height 64 --width 64"
 
 
 @pytest.mark.parametrize(
-    ("module", "extra", "command"),
+    ("absent", "extra", "line", "code"),
     [
-        ("torch", "export", "mc_export.cli:main --model skyreels --checkpoint . --dry-run"),
-        ("onnxruntime", "cpu", "mc_export.cli:main --model skyreels --checkpoint . --dry-run"),
+        ("onnxruntime", "cpu", "mc-export --model skyreels --checkpoint x -o new.bundle", 1),
+        ("torch", "export", "mc-export --model skyreels --checkpoint x -o new.bundle", 1),
+        ("onnx", "export", "mc-export --model skyreels --checkpoint x -o new.bundle", 1),
+        ("huggingface_hub", "export", "mc-export --model skyreels -o new.bundle", 2),
+        ("onnxruntime", "cpu", GENERATE + " -o new.mp4 --save-latents new.npz", 1),
+        ("av", "video", GENERATE + " -o new.mp4", 1),
+        ("av", "video", GENERATE + " --video {video} --save-latents new.npz", 1),
     ],
 )
-def test_a_missing_extra_names_the_pip_command(module: str, extra: str, command: str) -> None:
-    target, *arguments = command.split()
-    name, function = target.split(":")
-    code = BLOCKER.format(blocked=[module]) + (
-        f"from {name} import {function}\n{function}({arguments!r})\n"
+def test_a_command_names_the_extra_that_it_misses(
+    absent: str, extra: str, line: str, code: int, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    name, *arguments = line.format(bundle=tiny_bundle, video=__file__).split()
+    command = RUN_COMMAND.format(name=name, arguments=arguments)
+    result = run_without((absent,), command, tmp_path)
+    assert f"not installed. Run: pip install 'motioncache[{extra}]'" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (result.returncode, result.stdout) == (code, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["mc-inspect {bundle} --verify", GENERATE + " --save-latents new.npz"]
+)
+def test_what_a_command_does_not_need_may_be_absent(
+    line: str, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    name, *arguments = line.format(bundle=tiny_bundle).split()
+    arguments += ["--num-inference-steps", "4"] if name == "mc-generate" else []
+    absent = tuple(
+        library for library in OPTIONAL if (name, library) != ("mc-generate", "onnxruntime")
     )
-    result = run_python(code)
-    assert result.returncode == 1
-    assert result.stderr == f"{module}: not installed. Run: pip install 'motioncache[{extra}]'\n"
+    command = RUN_COMMAND.format(name=name, arguments=arguments)
+    result = run_without(absent, command, tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -1,19 +1,31 @@
-"""What is installed: four packages, three commands, and nothing else."""
+"""What is installed: four packages, three commands, and what they need."""
 
+import ast
+import re
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
+from email.message import Message
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"motioncache", "mc_engines", "mc_runtime", "mc_export"}
+PACKAGES = {
+    "motioncache": ROOT / "motioncache",
+    "mc_engines": ROOT / "engines",
+    "mc_runtime": ROOT / "runtime",
+    "mc_export": ROOT / "export",
+}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Names of the wheel's files, with their texts."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
@@ -22,47 +34,110 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         capture_output=True,
     )
     (path,) = folder.glob("*.whl")
-    return zipfile.ZipFile(path)
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
-def read(wheel: zipfile.ZipFile, ending: str) -> str:
-    (name,) = [name for name in wheel.namelist() if name.endswith(ending)]
-    return wheel.read(name).decode()
+@pytest.fixture(scope="module")
+def metadata(wheel: dict[str, str]) -> Message:
+    (text,) = (wheel[name] for name in wheel if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(text)
 
 
 def test_it_holds_the_four_packages_with_their_types_and_nothing_else(
-    wheel: zipfile.ZipFile,
+    wheel: dict[str, str],
 ) -> None:
-    names = wheel.namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == PACKAGES
-    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-
-
-def test_every_source_file_is_in_it(wheel: zipfile.ZipFile) -> None:
-    sources = {
-        f"{path.relative_to(ROOT / outer)}"
-        for outer in ("motioncache", "engines", "runtime", "export")
-        for path in (ROOT / outer).rglob("*.py")
+    expected = {f"{package}/py.typed" for package in PACKAGES} | {
+        path.relative_to(outer).as_posix()
+        for package, outer in PACKAGES.items()
+        for path in (outer / package).rglob("*.py")
     }
-    assert {name for name in wheel.namelist() if name.endswith(".py")} == sources
+    assert {name for name in wheel if ".dist-info/" not in name} == expected
 
 
-def test_its_commands(wheel: zipfile.ZipFile) -> None:
-    lines = read(wheel, "entry_points.txt").split()
-    assert [line for line in lines if line.startswith("mc-")] == [
-        "mc-export",
-        "mc-generate",
-        "mc-inspect",
-    ]
+def test_it_holds_the_licence(wheel: dict[str, str], metadata: Message) -> None:
+    (text,) = (wheel[name] for name in wheel if name.endswith(".dist-info/licenses/LICENSE"))
+    assert text == (ROOT / "LICENSE").read_text()
+    assert metadata["License-Expression"] == "Apache-2.0"
 
 
-def test_the_core_needs_neither_torch_nor_an_engine(wheel: zipfile.ZipFile) -> None:
-    metadata = Parser().parsestr(read(wheel, "METADATA"))
-    core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert not [line for line in core if line.startswith(("torch", "onnx", "tensorrt", "av"))]
-    assert any(line.startswith("numpy") for line in core)
-    assert any(line.startswith("click") for line in core)
+def test_its_commands(wheel: dict[str, str]) -> None:
+    entries = ConfigParser()
+    entries.read_string(next(wheel[name] for name in wheel if name.endswith("entry_points.txt")))
+    assert entries.sections() == ["console_scripts"]
+    assert set(entries["console_scripts"]) == {"mc-export", "mc-generate", "mc-inspect"}
+
+
+def requirements(metadata: Message, extra: str = "") -> set[str]:
+    """Names of the distributions that the core needs, or an extra besides."""
+    parsed = map(Requirement, metadata.get_all("Requires-Dist", []))
+    return {
+        normalize(requirement.name)
+        for requirement in parsed
+        if (requirement.marker is None) == (not extra)
+        and (requirement.marker is None or requirement.marker.evaluate({"extra": extra}))
+    }
+
+
+def normalize(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_core_needs_neither_torch_nor_an_engine(metadata: Message) -> None:
+    core = requirements(metadata)
+    assert {"numpy", "click"} <= core
+    heavy = {
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tensorrt",
+        "tensorrt-rtx-cu13",
+        "av",
+    }
+    assert not heavy & core
     extras = set(metadata.get_all("Provides-Extra", []))
     assert extras == {"cpu", "gpu", "rtx", "trt", "export", "video", "bench"}
+
+
+def syntax_trees(package: str) -> list[ast.Module]:
+    return [ast.parse(path.read_text()) for path in (PACKAGES[package] / package).rglob("*.py")]
+
+
+def distributions(modules: set[str]) -> set[str]:
+    known = packages_distributions()
+    return {normalize(known[module][0]) for module in modules}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_imports_is_declared(package: str, metadata: Message) -> None:
+    """The exporter runs ONNX Runtime too, so it is installed with an extra more."""
+    modules: set[str] = set()
+    for node in (node for tree in syntax_trees(package) for node in ast.walk(tree)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module or "")
+    tops = {module.partition(".")[0] for module in modules}
+    foreign = tops - sys.stdlib_module_names - PACKAGES.keys()
+    declared = requirements(metadata)
+    if package == "mc_export":
+        declared |= requirements(metadata, "export") | requirements(metadata, "cpu")
+    assert distributions(foreign) - declared == set()
+
+
+def test_the_extra_that_an_error_names_installs_what_is_missing(metadata: Message) -> None:
+    wanted = {
+        (node.args[0].value, node.args[1].value)
+        for package in PACKAGES
+        for tree in syntax_trees(package)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "require"
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[1], ast.Constant)
+    }
+    assert wanted >= {("onnxruntime", "cpu"), ("av", "video")}
+    for module, extra in wanted:
+        assert distributions({module}) <= requirements(metadata, extra), (module, extra)
