@@ -17,11 +17,12 @@ from mc_runtime.rope import rope_tables
 from mc_runtime.transformer import KeyCache
 
 CHUNK = 5
+TOLERANCE = 1e-4  # rounding alone leaves 2e-6
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def model(request, tmp_path_factory, export, diffusers):
-    """A pipeline, diffusers on the same checkpoint, and a generator of what else is drawn."""
+    """A pipeline, diffusers on the same checkpoint, and the seed of both."""
     draw = np.random.default_rng(request.param)
     checkpoint = make_tiny_checkpoint(
         tmp_path_factory.mktemp("random") / f"model-{request.param}",
@@ -35,7 +36,11 @@ def model(request, tmp_path_factory, export, diffusers):
         dtype=torch.float32 if request.param == 1 else torch.bfloat16,
         parts=("transformer",),
     )
-    return VideoPipeline.from_bundle(export(checkpoint), threads=1), diffusers(checkpoint), draw
+    return (
+        VideoPipeline.from_bundle(export(checkpoint), threads=1),
+        diffusers(checkpoint),
+        request.param,
+    )
 
 
 def draw_options(draw, **fixed):
@@ -62,19 +67,31 @@ def draw_inputs(draw, options, text_dim):
     return texts | {"latents": draw.standard_normal((16, frames, height, width), np.float32)}
 
 
-@pytest.mark.parametrize("fixed", [{}, {}, {}, {"ar_step": 0}, {"guidance_scale": 1.0}])
-def test_latents_equal_those_of_diffusers(model, fixed):
-    pipeline, oracle, draw = model
+@pytest.mark.parametrize(
+    ("setting", "fixed"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (4, {"ar_step": 0}),
+        (5, {"guidance_scale": 1.0}),
+        (6, {"num_inference_steps": 1}),
+    ],
+)
+def test_latents_equal_those_of_diffusers(model, setting, fixed):
+    pipeline, oracle, seed = model
+    draw = np.random.default_rng([seed, setting])
     options = draw_options(draw, **fixed)
     inputs = draw_inputs(draw, options, pipeline.transformer.config.text_dim)
     latents = pipeline.run(options=options, decode=False, **inputs).latents
     expected = oracle.run(options, **inputs)
-    assert np.abs(latents - expected).max() <= 1e-3, options
+    assert np.abs(latents - expected).max() <= TOLERANCE, options
 
 
 @torch.no_grad()
 def test_one_forward_equals_that_of_diffusers(model):
-    pipeline, oracle, draw = model
+    pipeline, oracle, seed = model
+    draw = np.random.default_rng([seed, 0])
     options = draw_options(draw, num_frames=57)
     inputs = draw_inputs(draw, options, pipeline.transformer.config.text_dim)
     latents, embedding = inputs["latents"], inputs["prompt_embeds"]
@@ -89,7 +106,7 @@ def test_one_forward_equals_that_of_diffusers(model):
         return_dict=False,
     )[0]
     velocity = forward(pipeline.transformer, latents, embedding, timesteps, options.fps)
-    assert np.abs(velocity - expected[0].numpy()).max() <= 1e-4
+    assert np.abs(velocity - expected[0].numpy()).max() <= TOLERANCE
 
 
 def forward(transformer, latents, embedding, timesteps, fps):
