@@ -1,0 +1,366 @@
+"""mc-generate: what it asks the pipeline for, what it writes and says, and what a run leaves."""
+
+import json
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import ClassVar
+
+import av
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mc_engines.errors import McError
+from mc_runtime import generate_cli
+from mc_runtime.generate_cli import main
+from mc_runtime.generation import Progress
+from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.schedule import WAN_GRID
+
+SIZES = ("--height", "32", "--width", "48", "--num-frames", "57")
+PROMPT = ("--prompt", "a bird")
+
+
+class FakePipeline:
+    """Stands at the seam: random chunks from the seed, and a note of what was asked for."""
+
+    grid = WAN_GRID
+    calls: ClassVar[list] = []
+    chunks = 3
+    ends_with: BaseException | None = None
+
+    def __init__(self, bundle, threads=None):
+        self.bundle, self.threads = bundle, threads
+
+    @classmethod
+    def from_bundle(cls, path, threads=None):
+        return cls(SimpleNamespace(path=path, hash=f"{path.name:0<64}"), threads)
+
+    def generate(self, *, options, callback, note, decode, **arguments):
+        self.calls.append({"options": options, "threads": self.threads, "decode": decode})
+        self.calls[-1] |= arguments
+        note("prompt: expected at most 512 tokens, got 600. The last 88 were cut.")
+        return self._chunks(options, callback, decode)
+
+    def _chunks(self, options, callback, decode):
+        draw = np.random.default_rng(options.seed)
+        shape = (16, 5, options.height // 8, options.width // 8)
+        for index in range(self.chunks):
+            callback(Progress(index + 1, 3, index, 3, 1.0))
+            frames = np.zeros((20 if index else 17, options.height, options.width, 3), np.uint8)
+            latents = draw.standard_normal(shape, np.float32)
+            yield Chunk(index, 3, latents, frames if decode else None, 1.5, 0.5, {"full": 2})
+        if self.ends_with is not None:
+            raise self.ends_with
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(generate_cli, "VideoPipeline", FakePipeline)
+    monkeypatch.setattr(FakePipeline, "calls", [])
+    return FakePipeline
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(*arguments, code=0, bundle="bundle"):
+    result = CliRunner().invoke(main, [str(bundle), *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def refused(message, *arguments, code=2):
+    assert generate(*arguments, code=code).stderr.endswith(message + "\n")
+    assert not FakePipeline.calls
+
+
+def count_frames(path):
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def latents_of(path):
+    with np.load(path) as arrays:
+        assert arrays.files == ["latents"]
+        return arrays["latents"]
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_flags_and_defaults_are_those_of_the_options(fake, folder):
+    generate(*PROMPT, "--save-latents", "out.npz")
+    assert fake.calls[0]["options"] == GenerationOptions()
+    flags = {option.opts[0] for option in main.params}
+    assert {f"--{entry.name.replace('_', '-')}" for entry in fields(GenerationOptions)} <= flags
+
+
+def test_every_setting_reaches_the_pipeline(fake, folder):
+    settings = {
+        "num_frames": 57, "height": 32, "width": 48, "num_inference_steps": 7,
+        "guidance_scale": 2.5, "flow_shift": 3.0, "fps": 16, "seed": 9, "ar_step": 2,
+        "causal_block_size": 5, "base_num_frames": 77, "overlap_history": 37,
+        "addnoise_condition": 0, "sigma_table": "skyreels", "first_sample": "copied",
+    }  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    texts = ("--prompt", "a", "--negative-prompt", "b", "--threads", "2")
+    generate(*flags, *texts, "--save-latents", "out.npz")
+    call = fake.calls[0]
+    assert call["options"] == GenerationOptions(**settings)
+    asked = (call[name] for name in ("prompt", "negative_prompt", "threads", "decode", "policy"))
+    assert tuple(asked) == ("a", "b", 2, False, "none")
+
+
+def test_a_run_leaves_video_latents_and_record(fake, folder):
+    result = generate(*PROMPT, *SIZES, "-o", "out.mp4", "--save-latents", "out.npz")
+    assert names(folder) == {"out.mp4", "out.npz", "out.json"}
+    assert count_frames("out.mp4") == 57
+    assert latents_of("out.npz").shape == (16, 15, 4, 6)
+    assert latents_of("out.npz").dtype == np.float32
+    record = json.loads((folder / "out.json").read_text())
+    assert (record["interrupted"], len(record["chunks"])) == (False, 3)
+    assert result.stdout == "done: out.mp4, out.npz\n"
+    assert result.stderr.splitlines() == [
+        "prompt: expected at most 512 tokens, got 600. The last 88 were cut.",
+        "first chunk after 1.5 s, 2 left",
+        "chunk 2 of 3, 1.5 s, 1 left",
+        "chunk 3 of 3, 1.5 s, 0 left",
+    ]
+
+
+def test_quiet_prints_nothing(fake, folder):
+    assert generate(*PROMPT, *SIZES, "-o", "out.mp4", "--quiet").output == ""
+    refused_again = generate(*PROMPT, *SIZES, "-o", "out.mp4", "--quiet", code=2)
+    assert "out.mp4: expected a new file" in refused_again.stderr
+
+
+def test_without_a_video_the_record_is_beside_the_latents(fake, folder):
+    generate(*PROMPT, *SIZES, "--save-latents", "x.npz")
+    assert names(folder) == {"x.npz", "x.json"}
+
+
+def test_ctrl_c_keeps_the_finished_chunks(fake, folder, monkeypatch):
+    monkeypatch.setattr(fake, "chunks", 2)
+    monkeypatch.setattr(fake, "ends_with", KeyboardInterrupt())
+    outputs = ("-o", "out.mp4", "--save-latents", "out.npz")
+    result = generate(*PROMPT, *SIZES, *outputs, code=130)
+    assert result.stdout == "interrupted after 2 chunks: out.mp4, out.npz\n"
+    assert count_frames("out.mp4") == 37
+    assert latents_of("out.npz").shape == (16, 10, 4, 6)
+    record = json.loads((folder / "out.json").read_text())
+    assert (record["interrupted"], len(record["chunks"])) == (True, 2)
+    assert names(folder) == {"out.mp4", "out.npz", "out.json"}
+
+
+def test_ctrl_c_before_the_first_chunk_leaves_nothing(fake, folder, monkeypatch):
+    monkeypatch.setattr(fake, "chunks", 0)
+    monkeypatch.setattr(fake, "ends_with", KeyboardInterrupt())
+    outputs = ("-o", "out.mp4", "--save-latents", "out.npz")
+    result = generate(*PROMPT, *SIZES, *outputs, code=130)
+    assert result.stdout == "interrupted after 0 chunks: nothing to keep\n"
+    assert names(folder) == set()
+
+
+def test_a_failure_keeps_the_finished_chunks(fake, folder, monkeypatch):
+    monkeypatch.setattr(fake, "ends_with", McError("block: NaN in chunk 3."))
+    outputs = ("-o", "out.mp4", "--save-latents", "out.npz")
+    result = generate(*PROMPT, *SIZES, *outputs, code=1)
+    assert result.stderr.endswith("block: NaN in chunk 3.\n")
+    assert count_frames("out.mp4") == 57
+    assert latents_of("out.npz").shape == (16, 15, 4, 6)
+    assert json.loads((folder / "out.json").read_text())["interrupted"] is True
+
+
+def test_a_disk_that_fills_up_keeps_the_latents(fake, folder, monkeypatch):
+    def write(writer, frames):
+        raise OSError("out.mp4: expected a file that can be written, got: no space.")
+
+    monkeypatch.setattr(generate_cli.VideoWriter, "write", write)
+    outputs = ("-o", "out.mp4", "--save-latents", "out.npz")
+    result = generate(*PROMPT, *SIZES, *outputs, code=1)
+    assert result.stderr.endswith("out.mp4: expected a file that can be written, got: no space.\n")
+    assert "Traceback" not in result.stderr
+    assert names(folder) == {"out.npz", "out.json"}
+    assert latents_of("out.npz").shape == (16, 5, 4, 6)
+
+
+def test_outputs_are_checked_before_the_bundle_is_opened(fake, folder, monkeypatch):
+    monkeypatch.setattr(fake, "from_bundle", None)
+    refused("Error: Missing option '-o' or '--save-latents'. Name an output.", *PROMPT)
+    (folder / "out.mp4").touch()
+    exists = "expected a new file, got one that exists. Pass --overwrite."
+    refused(f"out.mp4: {exists}", *PROMPT, "-o", "out.mp4")
+    (folder / "b.json").touch()
+    refused(f"b.json: {exists}", *PROMPT, "-o", "b.mp4")
+    refused(
+        f"no/x.mp4: expected an existing folder, got none. Run: mkdir -p {folder}/no",
+        *PROMPT, "-o", "no/x.mp4",
+    )  # fmt: skip
+
+
+def test_a_missing_extra_is_found_before_the_bundle_is_opened(fake, folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setattr(fake, "from_bundle", None)
+    message = "av: not installed. Run: pip install 'motioncache[video]'"
+    refused(message, *PROMPT, "-o", "out.mp4", code=1)
+
+
+def test_overwrite_replaces(fake, folder):
+    for name in ("out.mp4", "out.json"):
+        (folder / name).write_text("old")
+    generate(*PROMPT, *SIZES, "-o", "out.mp4", "--overwrite")
+    assert count_frames("out.mp4") == 57
+
+
+def test_outputs_must_differ(fake, folder):
+    own = "expected a file of its own, got another output or an input. Choose another name."
+    refused(f"out.x: {own}", *PROMPT, "-o", "out.x", "--save-latents", "out.x")
+    refused(f"out.json: {own}", *PROMPT, "-o", "out.mp4", "--save-latents", "out.json")
+    np.savez("n.npz", noise=np.zeros((16, 5, 4, 6), np.float32))
+    arguments = ("--latents", "n.npz", "--save-latents", "n.npz", "--overwrite")
+    refused(f"n.npz: {own}", *PROMPT, *arguments)
+
+
+def test_image_is_refused(fake, folder):
+    refused(generate_cli.IMAGE_REFUSED, "--image", "x.png", "-o", "out.mp4")
+
+
+@pytest.mark.parametrize("flag", ["--video", "--prompt-embeds", "--latents", "--repeat"])
+def test_a_missing_input_is_wrong_usage(fake, folder, flag):
+    text = generate(*PROMPT, "-o", "out.mp4", flag, "none", code=2).stderr
+    assert f"Error: Invalid value for '{flag}': File 'none' does not exist." in text
+
+
+def test_sizes_follow_from_the_noise(fake, folder):
+    noise = np.ones((16, 10, 4, 6), np.float32)
+    np.savez("n.npz", noise=noise)
+    generate(*PROMPT, "--latents", "n.npz", "--save-latents", "out.npz", "--height", "32")
+    options = fake.calls.pop()["options"]
+    assert (options.num_frames, options.height, options.width) == (37, 32, 48)
+    refused(
+        "height: expected 32, which the latents have, got 64. Leave it out.",
+        *PROMPT, "--latents", "n.npz", "--save-latents", "b.npz", "--height", "64",
+    )  # fmt: skip
+
+
+def test_noise_without_its_axes_is_refused(fake, folder):
+    np.savez("n.npz", noise=np.zeros((1, 16, 5, 4, 6), np.float32))
+    refused(
+        "noise: expected float32 (16, frames, h, w), got float32 (1, 16, 5, 4, 6). "
+        "Leave out axes of size 1.",
+        *PROMPT, "--latents", "n.npz", "--save-latents", "b.npz",
+    )  # fmt: skip
+
+
+def test_an_array_that_is_missing_is_named(fake, folder):
+    np.savez("e.npz", prompt_embeds=np.zeros((1, 3, 8), np.float32), other=np.zeros(1))
+    missing = "got prompt_embeds, other. Add it to the file."
+    refused(
+        f"e.npz: expected an array 'negative_prompt_embeds', {missing}",
+        "--prompt-embeds", "e.npz", "--save-latents", "b.npz",
+    )  # fmt: skip
+    refused(
+        f"e.npz: expected an array 'noise', {missing}",
+        *PROMPT, "--latents", "e.npz", "--save-latents", "b.npz",
+    )  # fmt: skip
+    generate("--prompt-embeds", "e.npz", "--save-latents", "b.npz", "--guidance-scale", "1")
+    assert fake.calls[0]["prompt_embeds"].shape == (1, 3, 8)
+    assert fake.calls[0]["negative_prompt_embeds"] is None
+
+
+def damaged_npz():
+    np.savez("whole.npz", noise=np.arange(1000.0))
+    return open("whole.npz", "rb").read()[:-100]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [lambda: b"", lambda: b"text", damaged_npz, lambda: b"\x93NUMPY\x01\x00"],
+    ids=["empty", "text", "cut", "npy"],
+)
+def test_what_is_no_npz_is_refused(fake, folder, content):
+    (folder / "n.npz").write_bytes(content())
+    arguments = (*PROMPT, "--latents", "n.npz", "--save-latents", "b.npz")
+    text = generate(*arguments, code=2).stderr
+    assert text.startswith("n.npz: expected an npz file, got: ")
+    assert text.endswith(". Write it with numpy.savez.\n")
+
+
+def test_a_lone_array_is_no_npz(fake, folder):
+    np.save("n.npy", np.zeros(3))
+    arguments = (*PROMPT, "--latents", "n.npy", "--save-latents", "b.npz")
+    assert "n.npy: expected an npz file, got: " in generate(*arguments, code=2).stderr
+
+
+def test_a_video_is_read_at_the_size_of_the_output(fake, folder):
+    with generate_cli.VideoWriter(folder / "in.mp4", 24, 96, 96) as writer:
+        writer.write(np.zeros((20, 96, 96, 3), np.uint8))
+    generate(*PROMPT, *SIZES, "--video", "in.mp4", "--save-latents", "out.npz")
+    assert fake.calls[0]["video"].shape == (17, 32, 48, 3)
+
+
+def test_repeat_asks_for_the_same_again(fake, folder):
+    np.savez("n.npz", noise=np.ones((16, 15, 4, 6), np.float32))
+    settings = ("--seed", "5", "--flow-shift", "3", "--threads", "2", "--latents", "n.npz")
+    generate(*PROMPT, *settings, "--negative-prompt", "b", "--save-latents", "a.npz")
+    generate("--repeat", "a.json", "--save-latents", "b.npz")
+    first, second = fake.calls
+    np.testing.assert_array_equal(first.pop("latents"), second.pop("latents"))
+    assert first == second
+    assert (folder / "a.npz").read_bytes() == (folder / "b.npz").read_bytes()
+
+
+def test_flags_win_over_a_record(fake, folder):
+    np.savez("e.npz", prompt_embeds=np.zeros((1, 3, 8), np.float32))
+    generate(
+        "--prompt-embeds", "e.npz", "--guidance-scale", "1", "--seed", "5", "--fps", "16",
+        "--save-latents", "a.npz",
+    )  # fmt: skip
+    generate("--repeat", "a.json", *PROMPT, "--seed", "0", "--save-latents", "b.npz")
+    call = fake.calls[1]
+    assert (call["prompt"], call["prompt_embeds"]) == ("a bird", None)
+    assert (call["options"].seed, call["options"].fps) == (0, 16)
+    generate("--repeat", "b.json", "--prompt-embeds", "e.npz", "--save-latents", "c.npz")
+    assert fake.calls[2]["prompt"] is None
+    assert fake.calls[2]["prompt_embeds"].shape == (1, 3, 8)
+
+
+def test_repeat_on_another_bundle_is_refused(fake, folder):
+    generate(*PROMPT, "--save-latents", "a.npz")
+    text = generate("--repeat", "a.json", "--save-latents", "b.npz", bundle="c", code=2).stderr
+    assert text == (
+        "a.json: expected the bundle bundle000000, got c with c00000000000. "
+        "Repeat the run on the bundle it used.\n"
+    )
+
+
+def test_golden_latents_need_neither_text_encoder_nor_vae(golden_case, folder):
+    golden = golden_case("skyreels-a")
+    options, inputs = golden.options, golden.checkpoint / "inputs.npz"
+    names = "num_inference_steps flow_shift guidance_scale fps addnoise_condition"
+    generate(
+        *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names.split()),
+        "--latents", inputs, "--prompt-embeds", inputs, "--threads", "1",
+        "--save-latents", "out.npz", bundle=golden.pipeline.bundle.path,
+    )  # fmt: skip
+    error = abs(latents_of("out.npz") - golden.expected["latents_uncached"]).max()
+    assert error <= 1e-3
+
+
+def test_a_prompt_becomes_a_video_and_again_the_same(tiny_bundle, folder):
+    size = ("--num-frames", "17", "--height", "32", "--width", "48", "--num-inference-steps", "2")
+    size += ("--threads", "1")
+    long = "bird " * 600
+    outputs = ("-o", "a.mp4", "--save-latents", "a.npz")
+    result = generate("--prompt", long, *size, *outputs, bundle=tiny_bundle)
+    assert "prompt: expected at most 512 tokens, got " in result.stderr
+    assert count_frames("a.mp4") == 17
+    outputs = ("-o", "b.mp4", "--save-latents", "b.npz")
+    generate("--repeat", "a.json", *outputs, bundle=tiny_bundle)
+    for ending in ("mp4", "npz"):
+        assert (folder / f"a.{ending}").read_bytes() == (folder / f"b.{ending}").read_bytes()
