@@ -73,6 +73,12 @@ def test_same_frames_give_the_same_bytes(tmp_path):
         assert "creation_time" not in container.metadata | container.streams.video[0].metadata
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_cores(tmp_path):
+    # x264 notes its settings in the stream; smaller pictures get one thread in any case.
+    content = write(tmp_path / "out.mp4", smooth(2, 640, 480)).read_bytes()
+    assert b" threads=1 " in content
+
+
 def test_other_frames_give_other_bytes(tmp_path):
     frames = noisy(12)
     assert (
