@@ -35,6 +35,7 @@ DIM = HEADS * HEAD_DIM
 FRAMES, CHUNK, STEPS, AR_STEP, TEXT_TOKENS = 25, 5, 20, 5, 64
 CHUNKS = FRAMES // CHUNK
 BRANCHES = 2
+REST_SECONDS = 0.05  # until torch's threads have stopped spinning, which would slow what follows
 BUSY_SPREAD = 1.3  # of the reference kernel's times, largest to smallest
 TARGETS = {16: 2.0, 32: 2.4}  # side of the latents: ratio of the wall times
 FLOPS_SHARE = 0.8
@@ -227,9 +228,13 @@ def compare_passes(side: int, rounds: int, pipeline: VideoPipeline) -> bool:
         eager, engine = Times("torch"), Times("engine")
         with torch.inference_mode():
             for _ in range(rounds):
-                eager.take(lambda tensors=tensors: block(**tensors))
-                engine.take(lambda inputs=inputs: runner.run(inputs, weights))
-                reference.take(reference_work)
+                for times, work in (
+                    (eager, lambda tensors=tensors: block(**tensors)),
+                    (engine, lambda inputs=inputs: runner.run(inputs, weights)),
+                    (reference, reference_work),
+                ):
+                    time.sleep(REST_SECONDS)
+                    times.take(work)
         ratio = eager.median / engine.median
         print(f"  {side}x{side}, chunk {chunk}: torch {eager.median * 1e3:.1f} ms, ", end="")
         print(f"engine {engine.median * 1e3:.1f} ms, ratio {ratio:.2f}")
