@@ -32,6 +32,10 @@ from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule import WAN_GRID
 
 GOLDEN = Path(__file__).parent / "golden"
+SHARED_OPTIONS = (
+    *("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "fps", "ar_step"),
+    *("causal_block_size", "base_num_frames", "overlap_history", "addnoise_condition"),
+)  # that diffusers' pipelines take under the same names
 
 # Two threads wait for each other longer than such small tensors take.
 torch.set_num_threads(1)
@@ -169,8 +173,6 @@ class Diffusers:
         )
         pipeline = kind(self.tokenizer, self.text_encoder, self.transformer, self.vae, scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        names = "num_frames height width num_inference_steps guidance_scale fps ar_step "
-        names += "causal_block_size base_num_frames overlap_history addnoise_condition"
         noise = _WindowNoise(options, latents)
         with (
             mock.patch.object(module, "randn_tensor", noise.of_window),
@@ -180,7 +182,7 @@ class Diffusers:
                 output_type=output_type,
                 return_dict=False,
                 prompt=texts.pop("prompt", None),
-                **{name: getattr(options, name) for name in names.split()},
+                **{name: getattr(options, name) for name in SHARED_OPTIONS},
                 **{name: _to_torch(value) for name, value in texts.items()},
                 **given,
             )[0]
@@ -203,15 +205,10 @@ class _WindowNoise:
     """Gives diffusers the noise of one window after the other."""
 
     def __init__(self, options: GenerationOptions, latents: Any) -> None:
-        base, overlap = map(
-            WAN_GRID.latent_frames, (options.base_num_frames, options.overlap_history)
-        )
-        self.stride, self.seed, self.windows, self.latents = (
-            base - overlap,
-            options.seed,
-            0,
-            latents,
-        )
+        counts = options.base_num_frames, options.overlap_history
+        base, overlap = map(WAN_GRID.latent_frames, counts)
+        self.stride, self.latents = base - overlap, latents
+        self.seed, self.windows = options.seed, 0
 
     def of_window(self, shape: tuple[int, ...], **unused: Any) -> Any:
         first = self.windows * self.stride
