@@ -5,6 +5,7 @@ Each test is a process of its own in which some libraries are absent: they canno
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,17 @@ command.load()({arguments}, {name!r})
 """
 
 
-def run_without(
-    absent: tuple[str, ...], code: str, folder: Path
-) -> subprocess.CompletedProcess[str]:
-    code = WITHOUT.format(absent=absent) + code
+def run_without(absent: Iterable[str], code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    code = WITHOUT.format(absent=[*absent]) + code
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )
+
+
+def call(line: str, **words: object) -> str:
+    """Python code that runs a command line, with words filled in."""
+    name, *arguments = [word.format(**words) for word in line.split()]
+    return RUN_COMMAND.format(name=name, arguments=arguments)
 
 
 def test_no_module_but_the_exporters_imports_an_optional_library(tmp_path: Path) -> None:
@@ -57,12 +62,8 @@ print(count > 20, Absent.asked_for)
 
 
 def test_the_help_of_mc_export_imports_none_either(tmp_path: Path) -> None:
-    code = f"""
-import atexit
-atexit.register(lambda: print(Absent.asked_for))
-{RUN_COMMAND.format(name="mc-export", arguments=["--help"])}
-"""
-    result = run_without(OPTIONAL, code, tmp_path)
+    code = "import atexit\natexit.register(lambda: print(Absent.asked_for))\n"
+    result = run_without(OPTIONAL, code + call("mc-export --help"), tmp_path)
     assert result.returncode == 0, result.stderr
     assert "--checkpoint" in result.stdout
     assert result.stdout.endswith("\n[]\n")
@@ -86,9 +87,8 @@ GENERATE = "mc-generate {bundle} --prompt lighthouse --num-frames 37 --height 64
 def test_a_command_names_the_extra_that_it_misses(
     absent: str, extra: str, line: str, code: int, tmp_path: Path, tiny_bundle: Path
 ) -> None:
-    name, *arguments = line.format(bundle=tiny_bundle, video=__file__).split()
-    command = RUN_COMMAND.format(name=name, arguments=arguments)
-    result = run_without((absent,), command, tmp_path)
+    command = call(line, bundle=tiny_bundle, video=__file__)
+    result = run_without([absent], command, tmp_path)
     assert f"not installed. Run: pip install 'motioncache[{extra}]'" in result.stderr
     assert "Traceback" not in result.stderr
     assert (result.returncode, result.stdout) == (code, "")
@@ -96,16 +96,15 @@ def test_a_command_names_the_extra_that_it_misses(
 
 
 @pytest.mark.parametrize(
-    "line", ["mc-inspect {bundle} --verify", GENERATE + " --save-latents new.npz"]
+    ("line", "needed"),
+    [
+        ("mc-inspect {bundle} --verify", set()),
+        (GENERATE + " --num-inference-steps 4 --save-latents new.npz", {"onnxruntime"}),
+    ],
 )
 def test_what_a_command_does_not_need_may_be_absent(
-    line: str, tmp_path: Path, tiny_bundle: Path
+    line: str, needed: set[str], tmp_path: Path, tiny_bundle: Path
 ) -> None:
-    name, *arguments = line.format(bundle=tiny_bundle).split()
-    arguments += ["--num-inference-steps", "4"] if name == "mc-generate" else []
-    absent = tuple(
-        library for library in OPTIONAL if (name, library) != ("mc-generate", "onnxruntime")
-    )
-    command = RUN_COMMAND.format(name=name, arguments=arguments)
-    result = run_without(absent, command, tmp_path)
+    absent = set(OPTIONAL) - needed
+    result = run_without(absent, call(line, bundle=tiny_bundle), tmp_path)
     assert result.returncode == 0, result.stderr

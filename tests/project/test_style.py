@@ -13,13 +13,10 @@ from mc_engines.errors import McError
 
 ROOT = Path(__file__).parents[2]
 FILES = {
-    str(path.relative_to(ROOT / outer).with_suffix(""))
-    .replace("/", ".")
-    .removesuffix(".__init__"): path
+    ".".join(path.relative_to(ROOT / outer).with_suffix("").parts).removesuffix(".__init__"): path
     for outer in ("motioncache", "engines", "runtime", "export")
     for path in sorted((ROOT / outer).rglob("*.py"))
 }
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 
 
 def words(text: str) -> set[str]:
@@ -45,8 +42,9 @@ def test_the_tree_drawn_above_the_errors_is_that_of_the_classes() -> None:
     document = mc_engines.errors.__doc__ or ""
     root, *children = re.findall(r"^ {4}(?:[├└]── )?(\w+)", document, re.MULTILINE)
     assert root == McError.__name__
-    assert children == [error.__name__ for error in McError.__subclasses__()]
-    assert [error for child in McError.__subclasses__() for error in child.__subclasses__()] == []
+    classes = McError.__subclasses__()
+    assert children == [error.__name__ for error in classes]
+    assert [error for parent in classes for error in parent.__subclasses__()] == []
 
 
 # An error that a library raised, told with its own words, and what is not installed.
