@@ -192,14 +192,17 @@ def transformer_components(
 
 
 def _text_projection(c: _Config, load: Load) -> ComponentSource:
+    draw = _drawer()
     at = "condition_embedder.text_embedder."
     weights = _linear("up", load, f"{at}linear_1") | _linear("down", load, f"{at}linear_2")
     module = _filled(TextProjection(c.text_dim, c.dim), weights)
-    inputs = {"embedding": torch.randn(1, 7, c.text_dim)}
+    inputs = {"embedding": draw(1, 7, c.text_dim)}
     return ComponentSource("text_projection", module, inputs, {"embedding": {1: "T"}}, ("text",))
 
 
 def _context(c: _Config, load: Load) -> ComponentSource:
+    draw = _drawer()
+
     def layer_weights(layer: int) -> Tensors:
         at = f"blocks.{layer}.attn2."
         kv = _joined("kv", load, [f"{at}to_k", f"{at}to_v"])
@@ -208,7 +211,7 @@ def _context(c: _Config, load: Load) -> ComponentSource:
     return ComponentSource(
         "context",
         Context(c.dim, c.heads, c.epsilon).eval(),
-        {"text": torch.randn(1, 7, c.dim)},
+        {"text": draw(1, 7, c.dim)},
         {"text": {1: "T"}},
         ("cross_k", "cross_v"),
         tuple(partial(layer_weights, layer) for layer in range(c.layers)),
@@ -240,26 +243,28 @@ def _timestep(c: _Config, load: Load) -> ComponentSource:
 
 
 def _embed(c: _Config, load: Load) -> ComponentSource:
+    draw = _drawer()
     weight = load("patch_embedding.weight").flatten(1).T
     weights = {"project.weight": weight, "project.bias": load("patch_embedding.bias")}
     module = _filled(Embed(c.in_channels * c.patch, c.dim), weights)
-    inputs = {"patches": torch.randn(1, 6, c.in_channels * c.patch)}
+    inputs = {"patches": draw(1, 6, c.in_channels * c.patch)}
     return ComponentSource("embed", module, inputs, {"patches": {1: "L"}}, ("x",))
 
 
 def _block(c: _Config, load: Load) -> ComponentSource:
+    draw = _drawer()
     rows, slots, half = 6, 16, c.head_dim // 2
-    angles = torch.rand(rows, half) * math.tau
+    angles = draw(rows, half) * math.tau
     inputs = {
-        "x": torch.randn(1, rows, c.dim),
+        "x": draw(1, rows, c.dim),
         "frame_ids": torch.arange(rows, dtype=torch.int32) % 3,
-        "modulation": torch.randn(3, 6, c.dim) * 0.1,
+        "modulation": draw(3, 6, c.dim) * 0.1,
         "cos": angles.cos(),
         "sin": angles.sin(),
-        "cross_k": torch.randn(1, c.heads, 7, c.head_dim),
-        "cross_v": torch.randn(1, c.heads, 7, c.head_dim),
-        "k_cache": torch.randn(1, c.heads, slots, c.head_dim),
-        "v_cache": torch.randn(1, c.heads, slots, c.head_dim),
+        "cross_k": draw(1, c.heads, 7, c.head_dim),
+        "cross_v": draw(1, c.heads, 7, c.head_dim),
+        "k_cache": draw(1, c.heads, slots, c.head_dim),
+        "v_cache": draw(1, c.heads, slots, c.head_dim),
         "kv_map": torch.tensor([0, 1, 2, 16, 17, 5, 18, 19, 20, 21], dtype=torch.int32),
     }
     tokens: dict[str, dict[int, str]] = {
@@ -309,15 +314,16 @@ def _block_weights(c: _Config, load: Load, layer: int) -> Tensors:
 
 
 def _head(c: _Config, load: Load) -> ComponentSource:
+    draw = _drawer()
     weights = _linear("project", load, "proj_out")
     weights["modulation.table"] = load("scale_shift_table")
     return ComponentSource(
         "head",
         _filled(Head(c.dim, c.out_channels * c.patch, c.epsilon), weights),
         {
-            "out": torch.randn(1, 6, c.dim),
+            "out": draw(1, 6, c.dim),
             "frame_ids": torch.arange(6, dtype=torch.int32) % 3,
-            "head_modulation": torch.randn(3, c.dim) * 0.1,
+            "head_modulation": draw(3, c.dim) * 0.1,
         },
         {"out": {1: "L"}, "frame_ids": {0: "L"}, "head_modulation": {0: "F"}},
         ("patches",),
@@ -326,23 +332,30 @@ def _head(c: _Config, load: Load) -> ComponentSource:
 
 
 def _motion(c: _Config) -> ComponentSource:
-    inputs = {"out": torch.randn(1, 3, 4, c.dim), "previous": torch.randn(1, 4, c.dim)}
+    draw = _drawer()
+    inputs = {"out": draw(1, 3, 4, c.dim), "previous": draw(1, 4, c.dim)}
     dynamic = {"out": {1: "F", 2: "P"}, "previous": {1: "P"}}
     float32 = frozenset({"change"})
     return ComponentSource("motion", Motion().eval(), inputs, dynamic, ("change",), (), float32)
 
 
 def _combine(c: _Config) -> ComponentSource:
+    draw = _drawer()
     inputs = {
-        "x": torch.randn(1, 5, c.dim),
-        "residual": torch.randn(1, 5, c.dim),
-        "y": torch.randn(1, 3, c.dim),
+        "x": draw(1, 5, c.dim),
+        "residual": draw(1, 5, c.dim),
+        "y": draw(1, 3, c.dim),
         "rows": torch.tensor([4, 1, 2], dtype=torch.int32),
         "row_map": torch.tensor([0, 6, 7, 3, 5], dtype=torch.int32),
     }
     long = {name: {1: "L"} for name in ("x", "residual")}
     dynamic = long | {"y": {1: "K"}, "rows": {0: "K"}, "row_map": {0: "L"}}
     return ComponentSource("combine", Combine().eval(), inputs, dynamic, ("out", "new_residual"))
+
+
+def _drawer() -> Callable[..., Tensor]:
+    """Draws normal samples, one after the other, the same in every export."""
+    return partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
 def _half_split_order(heads: int, head_dim: int) -> Tensor:

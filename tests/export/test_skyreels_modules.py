@@ -369,3 +369,19 @@ def test_a_patch_of_several_frames_is_refused():
             "transformer: expected a patch of one latent frame, got patch_size (2, 2, 2). "
             "Use a SkyReels-V2 diffusion-forcing checkpoint."
         )
+
+
+def test_every_export_is_proved_on_the_same_inputs():
+    """So that the parity report, and with it the bundle's hash, is the same again."""
+    config = PUBLISHED["skyreels-df-1.3b-540p"].transformer | SMALL
+    tensors = RandomSource(transformer_tensors(config), torch.float32, seed=0)
+    once, again = (
+        {source.name: source.inputs for source in transformer_components(config, tensors)}
+        for _ in range(2)
+    )
+    for name, inputs in once.items():
+        for key, value in inputs.items():
+            assert torch.equal(value, again[name][key]), f"{name}: {key}"
+    block = once["block"]
+    assert not torch.equal(block["k_cache"], block["v_cache"])
+    assert not torch.equal(block["cross_k"], block["cross_v"])
