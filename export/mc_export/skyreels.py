@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mc_export.islands import Island
+from mc_export.layers import RmsNorm
 
 ROPE_THETA = 10_000.0
 TIMESTEP_THETA = 10_000.0
@@ -45,19 +46,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map shape (..., in) to (..., out)."""
         return x @ self.weight + self.bias
-
-
-class RmsNorm(Island):
-    """Root-mean-square norm over all channels, that is over all heads together."""
-
-    def __init__(self, channels: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise shape (..., C)."""
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
 class AffineNorm(Island):

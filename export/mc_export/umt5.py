@@ -31,6 +31,7 @@ from mc_engines.errors import CheckpointError
 from mc_export.checkpoint import TensorSource, load_finite
 from mc_export.component import ComponentSource
 from mc_export.islands import Island
+from mc_export.layers import RmsNorm
 
 # One table under two names: a checkpoint holds either or both.
 TABLE_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
@@ -69,20 +70,6 @@ class _Config:
                     "Take config.json from where the weights come from."
                 )
         return cls(**sizes)
-
-
-class RmsNorm(Island):
-    """Root-mean-square norm over the channels, without shift."""
-
-    def __init__(self, channels: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.empty(channels))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise shape (1, T, C)."""
-        square = (hidden * hidden).mean(-1, keepdim=True)
-        return hidden * torch.rsqrt(square + self.epsilon) * self.weight
 
 
 class AttentionSum(Island):

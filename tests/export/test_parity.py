@@ -12,11 +12,12 @@ from torch import nn
 from mc_engines.errors import CheckpointError, ParityError
 from mc_export import write_component as module
 from mc_export.component import ComponentSource
+from mc_export.layers import RmsNorm
 from mc_export.onnx_export import export_component
 from mc_export.parity import Comparison, compare_outputs, require_parity
 from mc_export.passes.set_precision import set_precision
 from mc_export.passes.store_weights import StoredWeights
-from mc_export.skyreels import Linear, RmsNorm
+from mc_export.skyreels import Linear
 from mc_export.write_component import write_component
 
 
