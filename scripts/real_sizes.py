@@ -96,7 +96,7 @@ def export(model: str, whole: bool, target: Path) -> None:
     checkpoint = Checkpoint(Path(model), transformer, text_encoder, vae, None, None)
     with PeakMemory() as memory:
         rows = export_bundle(checkpoint, target, overwrite=True)
-    worst = max(row.max_abs / (row.tolerance * row.scale) for row in rows)
+    worst = max(row.share for row in rows)
     print(f"export {model}{' with umT5-xxl and the VAE' if whole else ', transformer'}: {memory}, ")
     print(f"  {folder_bytes(target) / 1e9:.2f} GB written, {len(rows)} outputs within", end="")
     print(f" {worst:.0%} of their tolerance", flush=True)

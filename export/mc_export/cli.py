@@ -137,7 +137,7 @@ def _export(
 
         rows = export_bundle(checkpoint, output, dtype, overwrite, report)
     if not quiet:
-        worst = max(row.max_abs / (row.tolerance * row.scale) for row in rows)
+        worst = max(row.share for row in rows)
         click.echo(
             f"{output}: {len(rows)} outputs compared with torch, the worst at {worst:.0%} of its "
             "tolerance."

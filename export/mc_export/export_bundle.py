@@ -38,7 +38,7 @@ from mc_export.write_component import STORED_TYPES, Report, write_component, wri
 
 FAMILY = "skyreels"
 PARITY_REPORT = "reports/parity.json"
-TABLE = "text_embed"
+TABLE = "weights/text_embed.safetensors"
 MAX_TEXT_TOKENS = 512  # that the transformer was trained with (SkyReels-V2, text_len)
 _PARTS = ("text_encoder", "tokenizer", "vae")
 
@@ -158,10 +158,9 @@ def stored_precision(part: Part) -> Precision:
 
 def _write_table(part: Part, folder: Path, dtype: Precision | None, report: Report) -> None:
     """The token table: rows are looked up by the host, so it is a file and no graph."""
-    load = text_embedding_table(part.tensors)
     stored = None if dtype is None else STORED_TYPES[dtype]
-    (file,) = write_weights(TABLE, [load], folder, stored, report)
-    (folder / file).rename(folder / f"weights/{TABLE}.safetensors")
+    write_weights(TABLE, text_embedding_table(part.tensors)(), folder, stored)
+    report(f"text_embed: {TABLE} written")
 
 
 def _write_report(folder: Path, rows: list[Comparison]) -> None:

@@ -51,6 +51,11 @@ class Comparison:
         """Whether the error is within tolerance; NaN and infinity, on either side, are not."""
         return self.max_abs <= self.tolerance * self.scale < math.inf
 
+    @property
+    def share(self) -> float:
+        """How much of the tolerance the error uses up; 1 is the most that passes."""
+        return self.max_abs / (self.tolerance * self.scale)
+
 
 def compare_outputs(
     component: str,

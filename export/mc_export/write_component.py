@@ -7,7 +7,7 @@ Neighbours: the adapters make `ComponentSource`s; `export_component`, the passes
 __all__ = ["STORED_TYPES", "write_component", "write_weights"]
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def write_component(
     model = export_component(source)
     report(f"{source.name}: traced")
     graphs = _write_graphs(source, model, folder, baked)
-    files = write_weights(source.name, source.layers, folder, dtype, report)
+    files = _write_layers(source, folder, dtype, report)
     spec = ComponentSpec(source.name, graphs, files)
     rows = _prove(_Written(source, folder, dtype, spec))
     report(f"{source.name}: compared with torch")
@@ -85,33 +85,34 @@ def write_component(
 
 
 def write_weights(
-    name: str,
-    layers: Sequence[Callable[[], dict[str, torch.Tensor]]],
-    folder: Path,
-    dtype: torch.dtype | None,
-    report: Report,
-) -> tuple[str, ...]:
-    """Write one safetensors file per layer; one layer at a time is in memory.
+    file: str, weights: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype | None
+) -> None:
+    """Write one safetensors file of a bundle.
 
     Args:
-        name: Of the component.
-        layers: Loaders of each layer's tensors.
+        file: Its path in the bundle.
+        weights: Tensors by name.
         folder: The bundle's folder.
         dtype: Of the stored tensors; None keeps each tensor's own.
-        report: Called after each file.
-
-    Returns:
-        The files' paths in the bundle, in the order of the layers.
 
     Raises:
         CheckpointError: A tensor does not fit float16, in which it was to be stored.
     """
-    files = tuple(f"weights/{name}.{layer:02d}.safetensors" for layer in range(len(layers)))
-    for file, load in zip(files, layers, strict=True):
-        path = folder / file
-        path.parent.mkdir(exist_ok=True)
-        save_file(_stored(file, load(), dtype), path)
-        report(f"{name}: {file} written")
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    save_file(_stored(file, weights, dtype), path)
+
+
+def _write_layers(
+    source: ComponentSource, folder: Path, dtype: torch.dtype | None, report: Report
+) -> tuple[str, ...]:
+    """Write a file per layer, one layer at a time in memory; return their paths in the bundle."""
+    files = tuple(
+        f"weights/{source.name}.{layer:02d}.safetensors" for layer in range(len(source.layers))
+    )
+    for file, load in zip(files, source.layers, strict=True):
+        write_weights(file, load(), folder, dtype)
+        report(f"{source.name}: {file} written")
     return files
 
 
