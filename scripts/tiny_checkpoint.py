@@ -78,7 +78,8 @@ def make_tiny_checkpoint(
     for name in parts:
         part, arguments = make[name](), {}
         if isinstance(part, torch.nn.Module):
-            draw_weights(part.to(dtype), seed)
+            # Not diffusers' own `to`, which warns of modules that a real model keeps in float32.
+            draw_weights(torch.nn.Module.to(part, dtype), seed)
         if name == "transformer":
             size = sum(weight.nbytes for weight in part.parameters())
             arguments = {"max_shard_size": -(-size // shards)}
