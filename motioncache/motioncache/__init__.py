@@ -1,5 +1,22 @@
 """Cache policies for autoregressive video diffusion: pure functions over explicit state."""
 
-__all__ = ["POLICIES", "Plan", "Policy", "none"]
+__all__ = [
+    "DecisionTrace",
+    "DistanceTable",
+    "Mode",
+    "Plan",
+    "Policy",
+    "Preset",
+    "RunShape",
+    "Scope",
+    "choose_policy",
+    "make_policy",
+    "none",
+    "replay",
+]
 
-from motioncache.policy import POLICIES, Plan, Policy, none
+from motioncache.distance import DistanceTable
+from motioncache.policy import Plan, Policy, RunShape, Scope, none
+from motioncache.presets import Preset, choose_policy, make_policy
+from motioncache.replay import replay
+from motioncache.trace import DecisionTrace, Mode
