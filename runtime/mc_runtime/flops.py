@@ -1,0 +1,374 @@
+"""Floating-point operations of a generation, counted from its sizes and decisions.
+
+`count_work` says what a run did; `vanilla_work` and `chunk_causal_work` say what it is compared
+with; `published_work` and `published_causal_work` count as the papers do, and
+`explain_difference` leads from there to ours. Neighbours: `plan_windows` and `step_matrix` give the
+schedule, a `DecisionTrace` what was decided.
+
+A multiply-add is two operations. What counts are the matrix products and convolutions of the
+transformer, as in torch's FlopCounterMode: no norm, activation, softmax or rotation. The modulation
+of the timesteps is left out, which no policy changes, and sampler, text encoder and VAE are.
+
+Axes: L tokens of a chunk, T text tokens, C channels.
+"""
+
+__all__ = [
+    "Job",
+    "ModelFlops",
+    "Work",
+    "chunk_causal_work",
+    "count_work",
+    "explain_difference",
+    "plan_job",
+    "published_causal_work",
+    "published_work",
+    "vanilla_work",
+]
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_runtime.options import GenerationOptions
+from mc_runtime.schedule import WAN_GRID, LatentGrid, StepMatrix, plan_windows, step_matrix
+from motioncache.trace import DecisionTrace, Mode
+
+PUBLISHED_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Operations of each part of the transformer, by the tokens that go through it.
+
+    Attributes:
+        layers: Blocks.
+        dim: Channels C.
+        ffn_dim: Inner channels of the feed-forward.
+        text_dim: Channels of the text embedding.
+        patch_in: Values of a token's patch of latents.
+        patch_out: Values of a token's patch of velocity.
+    """
+
+    layers: int
+    dim: int
+    ffn_dim: int
+    text_dim: int
+    patch_in: int
+    patch_out: int
+
+    @classmethod
+    def from_manifest(cls, config: Mapping[str, Any]) -> "ModelFlops":
+        """Read the manifest's `config.transformer`."""
+        patch = math.prod(config["patch_size"])
+        return cls(
+            **{name: config[name] for name in ("layers", "dim", "ffn_dim", "text_dim")},
+            patch_in=patch * config["in_channels"],
+            patch_out=patch * config["out_channels"],
+        )
+
+    def embed(self, tokens: int) -> int:
+        """Patches to tokens."""
+        return 2 * tokens * self.patch_in * self.dim
+
+    def text_projection(self, text: int) -> int:
+        """Embedding of T text tokens to the transformer's width."""
+        return 2 * text * (self.text_dim + self.dim) * self.dim
+
+    def text_keys(self, text: int) -> int:
+        """Keys and values of T text tokens, in all layers."""
+        return self.layers * 4 * text * self.dim**2
+
+    def blocks(self, tokens: int, keys: int, text: int) -> int:
+        """All blocks for some tokens that see `keys` keys, their own included, and T text ones."""
+        # q, k, v and out, q and out of the text's attention; feed-forward; scores and their use.
+        linear = 12 * self.dim**2 + 4 * self.dim * self.ffn_dim
+        return self.layers * tokens * (linear + 4 * self.dim * (keys + text))
+
+    def head(self, tokens: int) -> int:
+        """Tokens to patches of velocity."""
+        return 2 * tokens * self.dim * self.patch_out
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of a generation, part by part.
+
+    Attributes:
+        embed: Patches to tokens.
+        text_projection: Text embedding to the transformer's width.
+        text_keys: Keys and values of the text, in all layers.
+        blocks: All blocks.
+        head: Tokens to velocity.
+    """
+
+    embed: int
+    text_projection: int
+    text_keys: int
+    blocks: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(asdict(self).values())
+
+    def to_json(self) -> dict[str, int]:
+        """The parts and their total."""
+        return asdict(self) | {"total": self.total}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a generation has to do, whatever is skipped.
+
+    Attributes:
+        chunk_tokens: L.
+        text_tokens: T of each guidance branch: cond, and uncond with guidance.
+        matrices: Which chunk takes which step in which row, window by window.
+    """
+
+    chunk_tokens: int
+    text_tokens: tuple[int, ...]
+    matrices: tuple[StepMatrix, ...]
+
+
+def plan_job(
+    options: GenerationOptions,
+    text_tokens: Sequence[int],
+    prefix_latent_frames: int = 0,
+    grid: LatentGrid = WAN_GRID,
+) -> Job:
+    """Work out the sizes and the schedule of a generation.
+
+    Args:
+        options: Accepted by `validate_options`.
+        text_tokens: T of each guidance branch.
+        prefix_latent_frames: As for `plan_windows`.
+        grid: Of the model.
+
+    Returns:
+        The job.
+    """
+    size, steps = options.causal_block_size, options.num_inference_steps
+    down, across = (grid.spatial_factor * patch for patch in grid.patch_size[1:])
+    return Job(
+        size * (options.height // down) * (options.width // across),
+        tuple(text_tokens),
+        tuple(
+            step_matrix(window.frames // size, steps, options.ar_step, window.prefix // size)
+            for window in plan_windows(options, prefix_latent_frames, grid)
+        ),
+    )
+
+
+class _Passes(NamedTuple):
+    """How often each chunk is due, by its place in a window, of all windows; each (chunks,)."""
+
+    rows: NDArray[np.int64]  # rows of the windows that have the chunk
+    steps: NDArray[np.int64]
+    prefix: NDArray[np.int64]  # windows in which it is given
+    clean: NDArray[np.int64]  # windows in which rows follow that see it finished or given
+
+
+def _count_passes(job: Job) -> _Passes:
+    passes = np.zeros((4, max(matrix.step.shape[1] for matrix in job.matrices)), np.int64)
+    for matrix in job.matrices:
+        done = (matrix.step > 0) & ~matrix.update
+        per_chunk = len(done), matrix.update.sum(0), done[:1].any(0), done.any(0)
+        for counted, count in zip(passes, per_chunk, strict=True):
+            counted[: done.shape[1]] += count
+    return _Passes(*passes)
+
+
+def count_work(flops: ModelFlops, trace: DecisionTrace, *, padded: bool) -> Work:
+    """Count what a run did.
+
+    A chunk is embedded once per step or clean pass, for both branches; the head runs once per step
+    and branch, for all L tokens; the text is projected, and its keys computed, once per branch.
+
+    Args:
+        flops: Of the model.
+        trace: Of the run.
+        padded: Count the tokens that went through the blocks, those that fill a bucket included;
+            otherwise the tokens that the policy asked for.
+
+    Returns:
+        The operations, clean passes included.
+    """
+    tokens = trace.recompute.shape[-1]
+    busy, clean = trace.mode != Mode.IDLE, trace.mode == Mode.CLEAN
+    asked = (trace.recompute == 1).sum(-1) + tokens * clean
+    return _add_up(
+        flops,
+        tokens,
+        trace.run["text_tokens"],
+        computed=(trace.bucket if padded else asked).sum(0),
+        embedded=tokens * int(busy.any(1).sum()),
+        headed=tokens * int((busy & ~clean).sum()),
+    )
+
+
+def chunk_causal_work(flops: ModelFlops, job: Job) -> Work:
+    """Count the policy `none`: the same run as any other policy's, nothing skipped.
+
+    Args:
+        flops: Of the model.
+        job: Of the generation.
+
+    Returns:
+        The operations, clean passes included.
+    """
+    passes, branches = _count_passes(job), len(job.text_tokens)
+    forwards = passes.steps + passes.clean
+    return _add_up(
+        flops,
+        job.chunk_tokens,
+        job.text_tokens,
+        computed=np.tile(job.chunk_tokens * forwards, (branches, 1)),
+        embedded=job.chunk_tokens * int(forwards.sum()),
+        headed=job.chunk_tokens * branches * int(passes.steps.sum()),
+    )
+
+
+def _add_up(
+    flops: ModelFlops,
+    chunk_tokens: int,
+    text_tokens: Sequence[int],
+    computed: NDArray[Any],
+    embedded: int,
+    headed: int,
+) -> Work:
+    """Count a run of ours from its tokens; computed has shape (branches, chunks)."""
+    return Work(
+        embed=flops.embed(embedded),
+        text_projection=sum(map(flops.text_projection, text_tokens)),
+        text_keys=sum(map(flops.text_keys, text_tokens)),
+        blocks=sum(
+            _blocks(flops, chunk_tokens, of_branch, text)
+            for text, of_branch in zip(text_tokens, computed, strict=True)
+        ),
+        head=flops.head(headed),
+    )
+
+
+def _blocks(flops: ModelFlops, chunk_tokens: int, computed: NDArray[Any], text: int) -> int:
+    """All blocks for the tokens computed of each chunk, which sees itself and those before it."""
+    keys = chunk_tokens * np.arange(1, len(computed) + 1)
+    return sum(
+        flops.blocks(tokens, visible, text)
+        for tokens, visible in zip(computed.tolist(), keys.tolist(), strict=True)
+    )
+
+
+def vanilla_work(flops: ModelFlops, job: Job) -> Work:
+    """Count every chunk in every row, as diffusers and SkyReels-V2 run.
+
+    Every forward takes the whole window, finished chunks and those not yet started among them; all
+    tokens see all; text projection and text keys are computed anew.
+
+    Args:
+        flops: Of the model.
+        job: Of the generation.
+
+    Returns:
+        The operations.
+
+    Source:
+        diffusers 0.42.1, pipeline_skyreels_v2_diffusion_forcing.py.
+    """
+    windows = [
+        (len(matrix.step), job.chunk_tokens * matrix.step.shape[1]) for matrix in job.matrices
+    ]
+    rows = sum(count for count, _ in windows)
+    tokens = len(job.text_tokens) * sum(count * size for count, size in windows)
+    return Work(
+        embed=flops.embed(tokens),
+        text_projection=rows * sum(map(flops.text_projection, job.text_tokens)),
+        text_keys=rows * sum(map(flops.text_keys, job.text_tokens)),
+        blocks=sum(
+            count * flops.blocks(size, size, text)
+            for count, size in windows
+            for text in job.text_tokens
+        ),
+        head=flops.head(tokens),
+    )
+
+
+def published_work(flops: ModelFlops, job: Job) -> Work:
+    """Count the uncached run as published: every chunk in every row, yet chunk-causal.
+
+    It is not what the uncached run computes, which is `vanilla_work`: there, a chunk sees the
+    whole window.
+
+    Args:
+        flops: Of the model.
+        job: Of the generation.
+
+    Returns:
+        The operations; a forward is blocks and the keys of 512 text tokens, nothing else.
+
+    Source:
+        113 PF for SkyReels-V2 in MotionCache; FlowCache 1fdfa57, its spreadsheet of FLOPs.
+    """
+    return _published(flops, job, _count_passes(job).rows)
+
+
+def published_causal_work(flops: ModelFlops, job: Job) -> Work:
+    """Count, in the published way, the published cached code when it skips nothing.
+
+    Chunks run only in the rows in which they take a step; a prefix once per window; there are no
+    clean passes.
+
+    Args:
+        flops: Of the model.
+        job: Of the generation.
+
+    Returns:
+        The operations; a forward is blocks and the keys of 512 text tokens, nothing else.
+
+    Source:
+        MotionCache a8d2a47, modules/transformer_motion.py.
+    """
+    passes = _count_passes(job)
+    return _published(flops, job, passes.steps + passes.prefix)
+
+
+def _published(flops: ModelFlops, job: Job, forwards: NDArray[np.int64]) -> Work:
+    branches, computed = len(job.text_tokens), job.chunk_tokens * forwards
+    return Work(
+        embed=0,
+        text_projection=0,
+        text_keys=branches * int(forwards.sum()) * flops.text_keys(PUBLISHED_TEXT_TOKENS),
+        blocks=branches * _blocks(flops, job.chunk_tokens, computed, PUBLISHED_TEXT_TOKENS),
+        head=0,
+    )
+
+
+def explain_difference(flops: ModelFlops, job: Job) -> dict[str, int]:
+    """Lead from the published count of the uncached run to ours of the policy `none`.
+
+    Args:
+        flops: Of the model.
+        job: Of the generation.
+
+    Returns:
+        Lines that add up to `chunk_causal_work` less `published_work`. The first alone leads to
+        `published_causal_work`.
+    """
+    ours, published = chunk_causal_work(flops, job), published_causal_work(flops, job)
+    passes = _count_passes(job)
+    finished = job.chunk_tokens * (passes.clean - passes.prefix)
+    clean = sum(_blocks(flops, job.chunk_tokens, finished, text) for text in job.text_tokens)
+    return {
+        "chunks that take no step": published.total - published_work(flops, job).total,
+        "text keys once per prompt": ours.text_keys - published.text_keys,
+        "clean passes of finished chunks": clean,
+        "length of the text": ours.blocks - clean - published.blocks,
+        "embed": ours.embed,
+        "text projection": ours.text_projection,
+        "head": ours.head,
+    }
