@@ -6,6 +6,8 @@ graph of it. docs/bundle.md specifies it for programs in other languages.
 
 __all__ = ["Bundle"]
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,22 @@ class Bundle:
         for fault in find_file_faults(folder, manifest):
             raise BundleError(fault)
         return cls(folder, manifest, digest)
+
+    @property
+    def model_hash(self) -> str:
+        """sha256 of what decides the output: config, graphs, weights and tokenizer.
+
+        Unlike `hash` it stays when presets, engines or reports are added.
+        """
+        value = self.manifest.to_json()
+        decisive = ("onnx", "weights", "tokenizer")
+        files = {
+            path: entry.sha256
+            for path, entry in self.manifest.files.items()
+            if path.split("/")[0] in decisive
+        }
+        parts = [value["family"], value["config"], value["components"], sorted(files.items())]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def component(self, name: str) -> ComponentSpec:
         """Look up a component.

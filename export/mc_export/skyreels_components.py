@@ -33,6 +33,8 @@ from mc_export.skyreels import (
 )
 from mc_export.tensor_source import TensorSource
 
+# 0.4 is the least that MotionCache recomputes with its published settings, if it recomputes at all.
+TOKEN_BUCKETS = 0.25, 0.4, 0.5, 0.75, 1.0
 Load = Callable[[str], Tensor]
 Tensors = dict[str, Tensor]
 
@@ -112,6 +114,7 @@ def describe_transformer(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_axes": [c.head_dim - 2 * spatial, spatial, spatial],
         "rope_max_positions": c.rope_max_positions,
         "key_layout": "half_split",
+        "token_buckets": list(TOKEN_BUCKETS),
     }
 
 

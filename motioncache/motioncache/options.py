@@ -1,8 +1,12 @@
-"""Settings of a policy as text: `FIELD=VALUE`, with the field names of its configuration."""
+"""Settings of a policy as text: `FIELD=VALUE`, with the field names of its configuration.
 
-__all__ = ["parse_options"]
+Neighbours: the command lines pass what `--policy-option` was given; `presets` reads it.
+"""
+
+__all__ = ["format_options", "parse_options"]
 
 from collections.abc import Iterable
+from dataclasses import fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,6 +37,26 @@ def parse_options(config_type: type, pairs: Iterable[str]) -> dict[str, Any]:
             )
         values[name] = _parse(name, text, hints[name])
     return values
+
+
+def format_options(config: Any) -> list[str]:
+    """Write every setting of a configuration so that `parse_options` reads it back.
+
+    Args:
+        config: Of a policy; None for one without settings.
+
+    Returns:
+        Pairs `FIELD=VALUE`, values in full.
+    """
+    if config is None:
+        return []
+    return [f"{entry.name}={_format(getattr(config, entry.name))}" for entry in fields(config)]
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_format, value))
+    return "none" if value is None else str(value)
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:

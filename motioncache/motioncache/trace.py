@@ -75,7 +75,7 @@ class DecisionTrace:
     policy_ms: NDArray[np.float32]
     step: NDArray[np.int16]
     window_start: tuple[int, ...]
-    run: Mapping[str, Any]
+    run: dict[str, Any]
 
     @classmethod
     def empty(cls, shape: RunShape, run: Mapping[str, Any]) -> "DecisionTrace":
@@ -197,6 +197,15 @@ class DecisionTrace:
         """
         shares = (self.recompute == 1).mean(axis=3)
         return np.where(self.recompute[..., 0] < 0, np.nan, shares)
+
+    def reused(self) -> float | None:
+        """Return the share of tokens reused where the policy had a choice.
+
+        Returns:
+            0 to 1 over the steps with a distance, so after the warm-up; None without such a step.
+        """
+        free = ~np.isnan(self.distance)
+        return float(1 - self.shares()[free].mean()) if free.any() else None
 
     def count(self, rows: slice = slice(None)) -> dict[str, int]:
         """Count what was done in some rows.

@@ -11,22 +11,24 @@ diffusers does, because nothing that it sees changes any more. A prefix gets tha
 
 __all__ = ["FinishedChunk", "Request", "Window", "denoise_window"]
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.errors import EngineError
 from mc_engines.runner import Arrays
+from mc_engines.timed_runner import Clock
+from mc_runtime.decisions import Decisions
 from mc_runtime.patches import patchify, unpatchify
 from mc_runtime.rope import rope_tables
 from mc_runtime.sampler import SamplerState, SamplerTable, init_sampler, sampler_step
 from mc_runtime.schedule import StepMatrix
 from mc_runtime.transformer import Conditions, KeyCache, Transformer
-from motioncache import Policy
+from motioncache import DecisionTrace, DistanceTable, Mode, Plan, Policy, RunShape
 
 Latents = NDArray[np.float32]
 
@@ -44,6 +46,9 @@ class Request:
         table: Of the sampler.
         conditions: One row per step, then one for timestep 0 and one for the prefix's timestep.
         chunk_frames: Latent frames F of a chunk.
+        distances: Between the steps.
+        shape: Of the run, for the policy.
+        trace: Of the run; every decision is written into it.
     """
 
     transformer: Transformer
@@ -53,6 +58,9 @@ class Request:
     table: SamplerTable
     conditions: Conditions
     chunk_frames: int
+    distances: DistanceTable
+    shape: RunShape
+    trace: DecisionTrace
 
     @property
     def clean_row(self) -> int:
@@ -78,17 +86,28 @@ class FinishedChunk:
 
     chunk: int
     latents: Latents
-    computed: Counter[str]
+    computed: Mapping[str, int]
 
 
 @dataclass
 class _Branch:
-    """What one guidance branch remembers within a window."""
+    """What one guidance branch remembers within a window.
 
+    Attributes:
+        number: 0 cond, 1 uncond.
+        context: Keys and values of the prompt by layer.
+        cache: Keys and values of the window.
+        decisions: What the policy makes of it.
+        last_frames: By chunk, block output (1, P, C) of its last frame: motion starts from it.
+        residuals: By chunk, block output minus input of every token, each as last computed.
+    """
+
+    number: int
     context: Sequence[Arrays]
     cache: KeyCache
+    decisions: Decisions
+    last_frames: dict[int, NDArray[np.float32]]
     residuals: dict[int, NDArray[np.float32]] = field(default_factory=dict)
-    policy_states: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,9 +120,13 @@ class Window:
         prefix: Latents of the prefix as the model is shown them, with noise added.
         matrix: Which chunk takes which step in which row.
         first_chunk: Number in the video of the window's first chunk, for messages.
+        number: Of the window in the run.
+        histories: Per branch, the last frames by chunk that motion may be measured from.
         branches: cond, and uncond with guidance.
         samplers: Per chunk.
-        computed: Passes and tokens since the last chunk was finished.
+        clock: Time in engines.
+        transformer: The request's, on this clock.
+        row: Of the run, that is being computed.
         frozen: Chunks whose keys are final.
     """
 
@@ -112,26 +135,30 @@ class Window:
     prefix: Latents
     matrix: StepMatrix
     first_chunk: int
+    number: int
+    histories: Sequence[dict[int, NDArray[np.float32]]]
     branches: list[_Branch] = field(init=False)
     samplers: list[SamplerState] = field(init=False)
-    computed: Counter[str] = field(default_factory=Counter)
+    clock: Clock = field(default_factory=Clock)
+    transformer: Transformer = field(init=False)
+    row: int = field(init=False)
     frozen: int = 0
 
     def __post_init__(self) -> None:
         request, config = self.request, self.request.transformer.config
+        self.transformer = request.transformer.timed(self.clock)
+        self.row = request.shape.window_start[self.number]
+        self.tokens = request.shape.tokens
         _, frames, height, width = self.latents.shape
         _, down, across = config.patch_size
-        self.grid = (height // down, width // across)
         chunks = frames // request.chunk_frames
-        self.tokens = request.chunk_frames * self.grid[0] * self.grid[1]
-        self.branches = [
-            _Branch(context, KeyCache(config, chunks * self.tokens)) for context in request.contexts
-        ]
+        self.branches = [self._open_branch(number, chunks) for number in range(len(self.histories))]
         self.samplers = [init_sampler() for _ in range(chunks)]
         self.angles = [
             rope_tables(
                 request.chunk_frames,
-                *self.grid,
+                height // down,
+                width // across,
                 config.rope_axes,
                 config.rope_theta,
                 config.rope_max_positions,
@@ -139,6 +166,16 @@ class Window:
             )
             for chunk in range(chunks)
         ]
+
+    def _open_branch(self, number: int, chunks: int) -> _Branch:
+        request = self.request
+        return _Branch(
+            number,
+            request.contexts[number],
+            KeyCache(request.transformer.config, chunks * self.tokens),
+            Decisions(request.policy, request.distances, request.shape, self.number, number),
+            self.histories[number],
+        )
 
     def frames_of(self, chunk: int) -> slice:
         """The latent frames of a chunk."""
@@ -161,57 +198,114 @@ def denoise_window(
     Raises:
         EngineError: An engine failed, or computed NaN; the message names component, chunk, step.
     """
-    steps = len(window.request.table.timesteps)
+    steps, trace = len(window.request.table.timesteps), window.request.trace
+    counted = window.row
     for row, (step, update) in enumerate(
         zip(window.matrix.step, window.matrix.update, strict=True)
     ):
         while step[window.frozen] > steps:
-            _clean_pass(window, window.frozen)
+            _freeze(window, window.frozen)
             window.frozen += 1
-        for chunk in _numbers(update):
-            _take_step(window, chunk)
+        active = {chunk: window.samplers[chunk].step for chunk in _numbers(update)}
+        for chunk in active:
+            _take_step(window, chunk, active)
+        window.row += 1
         after_row(row)
         for chunk in _numbers(update & (step == steps)):
             latents = window.latents[:, window.frames_of(chunk)].copy()
-            yield FinishedChunk(chunk, latents, window.computed)
-            window.computed = Counter()
+            yield FinishedChunk(chunk, latents, trace.count(slice(counted, window.row)))
+            counted = window.row
 
 
 def _numbers(chosen: NDArray[np.bool_]) -> list[int]:
     return [int(number) for number in np.flatnonzero(chosen)]
 
 
-def _take_step(window: Window, chunk: int) -> None:
-    """One sampler step of a chunk, with guidance."""
+@contextmanager
+def _timed(window: Window, branch: int, chunk: int) -> Generator[None]:
+    """Add what passes to the trace of a chunk, in engines and elsewhere."""
+    trace, at = window.request.trace, (window.row, branch, chunk)
+    start, engines = time.perf_counter(), window.clock.seconds
+    try:
+        yield
+    finally:
+        spent = window.clock.seconds - engines
+        trace.engine_ms[at] += 1e3 * spent
+        trace.host_ms[at] += 1e3 * (time.perf_counter() - start - spent)
+
+
+def _take_step(window: Window, chunk: int, active: Mapping[int, int]) -> None:
+    """One sampler step of a chunk, with guidance; `active` has the step of each active chunk."""
     frames = window.frames_of(chunk)
-    velocities = [_velocity(window, branch, chunk) for branch in window.branches]
-    velocity = velocities[0]
-    if len(velocities) == 2:
-        cond, uncond = velocities
-        velocity = uncond + np.float32(window.request.guidance_scale) * (cond - uncond)
-    following, state = sampler_step(
-        window.request.table, window.samplers[chunk], velocity, window.latents[:, frames]
-    )
-    window.latents[:, frames] = following
-    window.samplers[chunk] = state
+    with _timed(window, 0, chunk):
+        x = _embed(window, window.latents[:, frames])
+    velocities = []
+    for branch in window.branches:
+        with _timed(window, branch.number, chunk):
+            velocities.append(_velocity(window, branch, chunk, x, active))
+    with _timed(window, 0, chunk):
+        velocity = velocities[0]
+        if len(velocities) == 2:
+            cond, uncond = velocities
+            velocity = uncond + np.float32(window.request.guidance_scale) * (cond - uncond)
+        window.latents[:, frames], window.samplers[chunk] = sampler_step(
+            window.request.table, window.samplers[chunk], velocity, window.latents[:, frames]
+        )
 
 
-def _velocity(window: Window, branch: _Branch, chunk: int) -> Latents:
+def _embed(window: Window, latents: Latents) -> NDArray[np.float32]:
+    return window.transformer.embed(patchify(latents, window.transformer.config.patch_size))
+
+
+def _velocity(
+    window: Window,
+    branch: _Branch,
+    chunk: int,
+    x: NDArray[np.float32],
+    active: Mapping[int, int],
+) -> Latents:
     """The model's velocity for a chunk: reused tokens keep their residual, others are computed."""
-    request, step = window.request, window.samplers[chunk].step
-    latents = window.latents[:, window.frames_of(chunk)]
-    transformer, patch = request.transformer, request.transformer.config.patch_size
-    if step == 0:
-        branch.policy_states[chunk] = request.policy.init_state(window.tokens)
-    plan, branch.policy_states[chunk] = request.policy.plan_step(branch.policy_states[chunk])
-    x = transformer.embed(patchify(latents, patch))
+    request, step, config = window.request, active[chunk], window.transformer.config
+    plan = _decide(window, branch, chunk, active)
     out = _block_output(window, branch, chunk, x, np.flatnonzero(plan.recompute), step)
-    patches = transformer.head(out, request.conditions.head_modulation[step : step + 1])
+    if plan.wants_motion:
+        _observe(window, branch, chunk, out)
+    patches = window.transformer.head(out, request.conditions.head_modulation[step : step + 1])
     if not np.isfinite(patches).all():
         values = {"embed": x, "block": out, "head": patches}
         _refuse_nan(values, window.first_chunk + chunk, step)
-    shape = (transformer.config.out_channels, *latents.shape[1:])
-    return unpatchify(patches, patch, shape)
+    shape = (config.out_channels, request.chunk_frames, *window.latents.shape[2:])
+    return unpatchify(patches, config.patch_size, shape)
+
+
+def _decide(window: Window, branch: _Branch, chunk: int, active: Mapping[int, int]) -> Plan:
+    """Ask the policy and write down what it says."""
+    trace, at = window.request.trace, (window.row, branch.number, chunk)
+    start = time.perf_counter()
+    plan = branch.decisions.plan(window.row, chunk, active)
+    trace.policy_ms[at] += 1e3 * (time.perf_counter() - start)
+    count = int(plan.recompute.sum())
+    trace.step[window.row, chunk] = active[chunk] + 1
+    trace.recompute[at] = plan.recompute
+    trace.mode[at] = Mode.FULL if count == window.tokens else Mode.PARTIAL if count else Mode.REUSE
+    trace.bucket[at] = window.transformer.bucket(count, window.tokens)
+    trace.distance[at] = plan.distance
+    accumulated = np.asarray(plan.accumulated)
+    trace.accumulated[at] = accumulated.min(), accumulated.mean(), accumulated.max()
+    return plan
+
+
+def _observe(window: Window, branch: _Branch, chunk: int, out: NDArray[np.float32]) -> None:
+    """Show the policy how the output moves from frame to frame."""
+    trace, at, frames = window.request.trace, (window.row, branch.number, chunk), branch.last_frames
+    motion = window.transformer.motion(out, window.request.chunk_frames, frames.get(chunk - 1))
+    frames[chunk] = out[:, -motion.shape[1] :].copy()
+    start = time.perf_counter()
+    branch.decisions.observe(chunk, motion)
+    trace.policy_ms[at] += 1e3 * (time.perf_counter() - start)
+    weights = branch.decisions.weights(chunk)
+    if weights is not None:
+        trace.weights[at] = weights
 
 
 def _block_output(
@@ -223,31 +317,36 @@ def _block_output(
     step: int,
 ) -> NDArray[np.float32]:
     """Output of the last block for every token of a chunk; updates the branch's residual."""
-    kind = "full" if len(rows) == window.tokens else "partial" if len(rows) else "reuse"
-    window.computed += Counter({kind: 1, "tokens": len(rows)})
-    if kind == "full":
+    if len(rows) == window.tokens:
         out = _recompute(window, branch, chunk, x, rows, step)
         branch.residuals[chunk] = out - x
         return out
     residual = branch.residuals[chunk]
     out = x + residual
-    if kind == "partial":
+    if len(rows):
         y = _recompute(window, branch, chunk, x, rows, step)
         out[:, rows] = y
         residual[:, rows] = y - x[:, rows]
     return out
 
 
-def _clean_pass(window: Window, chunk: int) -> None:
-    """Write the keys of a finished chunk, or of a chunk of the prefix, for good."""
+def _freeze(window: Window, chunk: int) -> None:
+    """Write the keys of a chunk of the prefix, or of a finished one, for good.
+
+    A policy without clean passes leaves a finished chunk the keys of its last computed step.
+    """
     request, frames = window.request, window.frames_of(chunk)
     is_prefix = frames.stop <= window.prefix.shape[1]
-    latents = (window.prefix if is_prefix else window.latents)[:, frames]
+    if not (is_prefix or request.policy.clean_pass):
+        return
     row = request.prefix_row if is_prefix else request.clean_row
-    x = request.transformer.embed(patchify(latents, request.transformer.config.patch_size))
+    with _timed(window, 0, chunk):
+        x = _embed(window, (window.prefix if is_prefix else window.latents)[:, frames])
     for branch in window.branches:
-        _recompute(window, branch, chunk, x, np.arange(window.tokens), row)
-        window.computed += Counter({"clean": 1, "tokens": window.tokens})
+        at = window.row, branch.number, chunk
+        request.trace.mode[at], request.trace.bucket[at] = Mode.CLEAN, window.tokens
+        with _timed(window, branch.number, chunk):
+            _recompute(window, branch, chunk, x, np.arange(window.tokens), row)
 
 
 def _recompute(
@@ -258,11 +357,10 @@ def _recompute(
     rows: NDArray[np.intp],
     row: int,
 ) -> NDArray[np.float32]:
-    request = window.request
-    return request.transformer.recompute(
+    return window.transformer.recompute(
         x,
         rows,
-        request.conditions.modulation[row : row + 1],
+        window.request.conditions.modulation[row : row + 1],
         window.angles[chunk],
         branch.context,
         branch.cache,

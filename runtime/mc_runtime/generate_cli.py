@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,22 +19,21 @@ import click
 import numpy as np
 from click.core import ParameterSource
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from mc_engines.command import INTERRUPTED, command
 from mc_engines.errors import require
-from mc_runtime.generation import Progress
+from mc_runtime.display import Display
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
 from mc_runtime.run_record import hash_files, read_options, record_run, write_record
 from mc_runtime.video import VideoWriter, read_video
-from motioncache import POLICIES
+from motioncache import DecisionTrace, Policy
+from motioncache.presets import list_presets
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
+_INPUT_FILES = "video", "prompt_embeds", "latents", "replay"
 _NOISE, _PROMPT, _NEGATIVE = "noise", "prompt_embeds", "negative_prompt_embeds"
 # What numpy raises for a text, a lone array, an empty, cut or damaged file.
 _NOT_NPZ = (
@@ -79,9 +79,10 @@ class _Run:
     texts: dict[str, Any]
     arrays: dict[str, Any]
     files: dict[str, dict[str, str]]
-    policy: str
+    policy: Policy
     output: Path | None
     save_latents: Path | None
+    trace: Path | None
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -96,7 +97,21 @@ class _Run:
 @click.option("--latents", type=INPUT, help="npz with noise; the sizes follow from it.")
 @click.option("--save-latents", type=FILE, help="npz to write; without -o no VAE is needed.")
 @click.option("--repeat", type=INPUT, help="JSON of a run to repeat; flags given here win.")
-@click.option("--policy", type=click.Choice(list(POLICIES)), default="none", show_default=True)
+@click.option(
+    "--policy",
+    default="none",
+    show_default=True,
+    metavar="NAME[:PRESET]",
+    help="Which tokens are recomputed: none, teacache, flowcache, motioncache.",
+)
+@click.option(
+    "--policy-option",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A setting of the policy; can be repeated.",
+)
+@click.option("--trace", type=FILE, help="File to write every decision to, and FILE.jsonl.")
+@click.option("--replay", type=INPUT, help="A trace whose decisions are forced.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @setting_options
@@ -108,6 +123,7 @@ def main(
     repeat: Path | None,
     output: Path | None,
     save_latents: Path | None,
+    trace: Path | None,
     overwrite: bool,
     quiet: bool,
     **values: Any,
@@ -116,6 +132,8 @@ def main(
     outputs = [path for path in (output, save_latents) if path is not None]
     if not outputs:
         raise click.UsageError("Missing option '-o' or '--save-latents'. Name an output.")
+    if trace is not None:
+        outputs += [trace, Path(f"{trace}.jsonl")]
     if values.pop("image") is not None:
         raise ValueError(IMAGE_REFUSED)
     for path in outputs:
@@ -131,20 +149,25 @@ def main(
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     if repeat is not None:
-        values |= _replace_prompts(read_options(repeat, pipeline.bundle), given)
+        values |= _replace_recorded(read_options(repeat, pipeline.bundle), given)
         pipeline = VideoPipeline(pipeline.bundle, values["threads"])
-    run = _prepare(pipeline, values, given, output, save_latents)
+    run = _prepare(pipeline, values, given, output, save_latents, trace)
     _check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
     interrupted = _generate(run, record, quiet)
     if interrupted:
         ctx.exit(INTERRUPTED)
 
 
-def _replace_prompts(recorded: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Let flags win over a record: a prompt also over recorded embeddings, and the reverse."""
-    for wins, loses in (("prompt", _PROMPT), (_PROMPT, "prompt")):
+def _replace_recorded(recorded: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Let flags win over a record, also over what it has of the same kind."""
+    for wins, loses in (
+        ("prompt", _PROMPT),
+        (_PROMPT, "prompt"),
+        ("policy", "replay"),
+        ("policy", "policy_option"),
+    ):
         if wins in given:
-            recorded[loses] = None
+            recorded[loses] = () if loses == "policy_option" else None
     return {**recorded, **given}
 
 
@@ -166,11 +189,10 @@ def _prepare(
     given: Mapping[str, Any],
     output: Path | None,
     save_latents: Path | None,
+    trace: Path | None,
 ) -> _Run:
     """Read the input files and settle the options."""
-    files = {
-        name: values[name] for name in ("video", "prompt_embeds", "latents") if values.get(name)
-    }
+    files = {name: values[name] for name in _INPUT_FILES if values.get(name)}
     settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
     noise = _load(files["latents"], _NOISE) if "latents" in files else None
     if noise is not None:
@@ -186,7 +208,20 @@ def _prepare(
         arrays["video"] = read_video(files["video"], *size)
     texts = {name: values[name] for name in ("prompt", "negative_prompt")}
     hashes = hash_files(files)
-    return _Run(pipeline, options, texts, arrays, hashes, values["policy"], output, save_latents)
+    policy = _choose_policy(pipeline, values, given)
+    outputs = output, save_latents, trace
+    return _Run(pipeline, options, texts, arrays, hashes, policy, *outputs)
+
+
+def _choose_policy(
+    pipeline: VideoPipeline, values: Mapping[str, Any], given: Mapping[str, Any]
+) -> Policy:
+    """Make the policy of the flags, or of the trace to replay."""
+    if values.get("replay") is None:
+        return pipeline.find_policy(values["policy"], values["policy_option"])
+    if "policy" in given or "policy_option" in given:
+        raise click.UsageError("--replay forces what is recomputed. Leave --policy out.")
+    return pipeline.find_policy(DecisionTrace.load(values["replay"]))
 
 
 def _load(path: Path, name: str) -> NDArray[Any]:
@@ -236,14 +271,16 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
     """
     complete = False
     with ExitStack() as stack:
-        display = stack.enter_context(_Display(quiet))
+        display = stack.enter_context(Display(quiet))
+        say = (lambda text: None) if quiet else partial(click.echo, err=True)
+        _offer_presets(run, say)
         chunks = run.pipeline.generate(
             **run.texts,
             **run.arrays,
             policy=run.policy,
             decode=run.output is not None,
             callback=display.advance,
-            note=lambda text: None if quiet else click.echo(text, err=True),
+            note=say,
             options=run.options,
         )
         writer = None
@@ -256,7 +293,9 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
         except KeyboardInterrupt:
             pass  # the caller learns it from the result
         finally:
-            _save(run, record, not complete)
+            _save(run, record, chunks.trace, not complete)
+    if complete:
+        _tell_reuse(chunks.trace, say)
     if not quiet:
         outputs = ", ".join(str(path) for path in (run.output, run.save_latents) if path)
         state = "done" if complete else f"interrupted after {len(run.chunks)} chunks"
@@ -265,7 +304,7 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
 
 
 def _write_chunks(
-    run: _Run, chunks: Iterator[Chunk], writer: VideoWriter | None, display: "_Display"
+    run: _Run, chunks: Iterator[Chunk], writer: VideoWriter | None, display: Display
 ) -> None:
     for chunk in chunks:
         run.chunks.append(chunk)
@@ -274,8 +313,34 @@ def _write_chunks(
         display.show_chunk(chunk)
 
 
-def _save(run: _Run, record: Path, interrupted: bool) -> None:
-    """Write the latents of the finished chunks, and the record."""
+def _offer_presets(run: _Run, say: Callable[[str], None]) -> None:
+    """Where nothing is cached, name the calibrated presets that the bundle has."""
+    manifest = run.pipeline.bundle.manifest
+    if run.policy.name == "none":
+        presets = list_presets(manifest.model, manifest.presets).values()
+        calibrated = [preset.key for preset in presets if preset.origin == "calibrated"]
+        if calibrated:
+            say(f"Nothing is cached. Faster: --policy {' or '.join(calibrated)}")
+
+
+def _tell_reuse(trace: DecisionTrace, say: Callable[[str], None]) -> None:
+    """Say what a policy saved, and warn where it did nothing or next to everything."""
+    reused = trace.reused()
+    if reused is None:
+        return
+    advice = ""
+    if reused == 0:
+        advice = " The policy changed nothing: raise its threshold, or run mc-calibrate."
+    elif reused > 0.95:
+        advice = " Hardly anything was computed: lower its threshold, or run mc-calibrate."
+    say(f"{reused:.0%} of the tokens were reused after the warm-up.{advice}")
+
+
+def _save(run: _Run, record: Path, trace: DecisionTrace, interrupted: bool) -> None:
+    """Write the latents of the finished chunks, the trace, and the record."""
+    if run.trace is not None:
+        trace.run["video"] = str(run.output.absolute()) if run.output else None
+        trace.save(run.trace)
     if not run.chunks:
         return
     if run.save_latents is not None:
@@ -293,45 +358,3 @@ def _save(run: _Run, record: Path, interrupted: bool) -> None:
         interrupted,
     )
     write_record(record, values)
-
-
-class _Display:
-    """A progress bar on a terminal, a line per chunk elsewhere, nothing with --quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        console = Console(stderr=True)
-        self._lines = not quiet and not console.is_terminal
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[chunks]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task: TaskID = self._bar.add_task("denoising", total=None, chunks="")
-        self._words = "first chunk to come"
-
-    def __enter__(self) -> "_Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, progress: Progress) -> None:
-        """Show where the schedule is."""
-        self._bar.update(
-            self._task, completed=progress.row, total=progress.rows, chunks=self._words
-        )
-
-    def show_chunk(self, chunk: Chunk) -> None:
-        """Say that a chunk is finished, and how long it took."""
-        if chunk.index == 0:
-            self._words = f"first chunk after {chunk.seconds:.1f} s"
-        else:
-            self._words = f"chunk {chunk.index + 1} of {chunk.of}, {chunk.seconds:.1f} s"
-        self._bar.update(self._task, chunks=self._words)
-        if self._lines:
-            click.echo(f"{self._words}, {chunk.of - chunk.index - 1} left", err=True)

@@ -5,12 +5,12 @@ cuts the video, `denoise_window` denoises a window, `VaeDecoder` decodes. Window
 latents, never pixels.
 """
 
-__all__ = ["Inputs", "Progress", "generate_chunks"]
+__all__ = ["Generation", "Inputs", "Progress", "generate_chunks"]
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from mc_runtime.schedule import LatentGrid, StepMatrix, plan_windows, step_matri
 from mc_runtime.schedule import Window as WindowPlan
 from mc_runtime.transformer import Transformer
 from mc_runtime.vae import VaeDecoder, VaeState, to_uint8
-from motioncache import Policy
+from motioncache import DecisionTrace, DistanceTable, Policy, RunShape
 
 CLEAN_TIMESTEP = 0
 Latents = NDArray[np.float32]
@@ -78,7 +78,7 @@ class _Output:
         self._decoder = decoder
         self._state: VaeState | None = None
 
-    def emit(self, latents: Latents, computed: Counter[str]) -> Chunk:
+    def emit(self, latents: Latents, computed: Mapping[str, int]) -> Chunk:
         begin = time.perf_counter()
         frames = None
         if self._decoder is not None:
@@ -96,13 +96,29 @@ class _Output:
         return Chunk(index, self.count, latents, frames, seconds, now - begin, dict(computed))
 
 
+@dataclass
+class Generation(Iterator[Chunk]):
+    """A generation on its way: yields its chunks.
+
+    Attributes:
+        trace: What the policy decided so far.
+        chunks: Where they come from.
+    """
+
+    trace: DecisionTrace
+    chunks: Iterator[Chunk]
+
+    def __next__(self) -> Chunk:
+        return next(self.chunks)
+
+
 def generate_chunks(
     inputs: Inputs,
     transformer: Transformer,
     decoder: VaeDecoder | None,
     policy: Policy,
     callback: Callable[[Progress], None],
-) -> Iterator[Chunk]:
+) -> Generation:
     """Denoise every window of the video.
 
     Args:
@@ -112,32 +128,104 @@ def generate_chunks(
         policy: Decides which tokens are recomputed.
         callback: Called after every row of the schedule.
 
-    Yields:
+    Returns:
         Each chunk as soon as it is clean, first those of a given prefix. Together they are the
-        video.
+        video. Its iterator raises EngineError where an engine fails or computes NaN.
 
     Raises:
-        EngineError: An engine failed, or computed NaN; the message names component, chunk, step.
+        ValueError: The policy does not fit the run.
     """
-    options, size = inputs.options, inputs.options.causal_block_size
+    options = inputs.options
     plans = plan_windows(options, inputs.prefix.shape[1], inputs.grid)
     matrices = [_matrix(plan, options) for plan in plans]
-    rows = sum(len(matrix.step) for matrix in matrices)
+    shape = _run_shape(inputs, matrices, transformer)
+    policy.check(shape)
+    trace = DecisionTrace.empty(shape, _describe(inputs, transformer, policy, plans))
+    chunks = _generate(
+        inputs, transformer, decoder, policy, callback, plans, matrices, shape, trace
+    )
+    return Generation(trace, chunks)
+
+
+def _run_shape(
+    inputs: Inputs, matrices: Sequence[StepMatrix], transformer: Transformer
+) -> RunShape:
+    """What the policy may know of the run."""
+    sizes = [matrix.update.shape for matrix in matrices]
+    chunks = max(size[1] for size in sizes)
+    active = [
+        np.pad(matrix.update, ((0, 0), (0, chunks - matrix.update.shape[1]))) for matrix in matrices
+    ]
+    starts = np.cumsum([0, *(size[0] for size in sizes[:-1])])
+    height, width = _token_grid(inputs, transformer)
+    return RunShape(
+        np.concatenate(active),
+        tuple(starts.tolist()),
+        len(inputs.embeddings),
+        inputs.options.causal_block_size,
+        height * width,
+        inputs.options.num_inference_steps,
+    )
+
+
+def _token_grid(inputs: Inputs, transformer: Transformer) -> tuple[int, int]:
+    """Tokens of a latent frame along height and width."""
+    _, down, across = transformer.config.patch_size
+    return inputs.noise.shape[2] // down, inputs.noise.shape[3] // across
+
+
+def _describe(
+    inputs: Inputs, transformer: Transformer, policy: Policy, plans: Sequence[WindowPlan]
+) -> dict[str, Any]:
+    """What a trace has to say of its run."""
+    return {
+        "policy": {
+            "name": policy.name,
+            "preset": policy.preset,
+            "config": None if policy.config is None else asdict(policy.config),
+        },
+        "clean_pass": policy.clean_pass,
+        "grid": list(_token_grid(inputs, transformer)),
+        "steps": inputs.options.num_inference_steps,
+        "text_tokens": [embedding.shape[1] for embedding in inputs.embeddings],
+        "windows": [asdict(plan) for plan in plans],
+        "options": asdict(inputs.options),
+    }
+
+
+def _generate(
+    inputs: Inputs,
+    transformer: Transformer,
+    decoder: VaeDecoder | None,
+    policy: Policy,
+    callback: Callable[[Progress], None],
+    plans: Sequence[WindowPlan],
+    matrices: Sequence[StepMatrix],
+    shape: RunShape,
+    trace: DecisionTrace,
+) -> Iterator[Chunk]:
+    size = inputs.options.causal_block_size
     output = _Output(sum(len(_new_frames(plan, size)) for plan in plans), decoder)
     video = inputs.noise.copy()  # what is not denoised yet is noise
     given = plans[0].prefix
     video[:, :given] = inputs.prefix[:, :given]
     for first in range(0, given, size):
-        yield output.emit(video[:, first : first + size].copy(), Counter())
-    request = _request(inputs, transformer, policy)
-    done = 0
+        yield output.emit(video[:, first : first + size].copy(), {})
+    request = _request(inputs, transformer, policy, shape, trace)
+    histories: list[dict[int, NDArray[np.float32]]] = [{} for _ in inputs.embeddings]
     for number, (plan, matrix) in enumerate(zip(plans, matrices, strict=True)):
+        if policy.reset_history:
+            histories = [{} for _ in inputs.embeddings]
         first_chunk = output.done - plan.prefix // size
-        window = _open_window(request, inputs, video, number, plan, matrix, first_chunk)
+        shown = _show_prefix(inputs, video, number, plan)
+        latents = inputs.noise[:, plan.first : plan.first + plan.frames].copy()
+        latents[:, : plan.prefix] = video[:, plan.first : plan.first + plan.prefix]
+        window = Window(request, latents, shown, matrix, first_chunk, number, histories)
 
-        def after_row(row: int, before: int = done) -> None:
+        def after_row(row: int, before: int = shape.window_start[number]) -> None:
             elapsed = time.perf_counter() - output.start
-            callback(Progress(before + row + 1, rows, output.done, output.count, elapsed))
+            done, rows = before + row + 1, len(shape.active)
+            callback(Progress(done, rows, output.done, output.count, elapsed))
 
         new = _new_frames(plan, size)
         for finished in denoise_window(window, after_row):
@@ -145,7 +233,6 @@ def generate_chunks(
             if frames is not None:
                 video[:, frames] = finished.latents[:, -(frames.stop - frames.start) :]
                 yield output.emit(video[:, frames].copy(), finished.computed)
-        done += len(matrix.step)
 
 
 def _matrix(plan: WindowPlan, options: GenerationOptions) -> StepMatrix:
@@ -164,40 +251,38 @@ def _new_frames(plan: WindowPlan, size: int) -> dict[int, slice]:
     return new
 
 
-def _request(inputs: Inputs, transformer: Transformer, policy: Policy) -> Request:
+def _request(
+    inputs: Inputs,
+    transformer: Transformer,
+    policy: Policy,
+    shape: RunShape,
+    trace: DecisionTrace,
+) -> Request:
     """What all windows share; the prompt's keys and the modulation are computed here, once."""
     options = inputs.options
     table = sampler_table(
         options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
     )
     timesteps = np.append(table.timesteps, [CLEAN_TIMESTEP, options.addnoise_condition])
+    conditions = transformer.encode_timesteps(timesteps, options.fps)
     return Request(
         transformer,
         policy,
         [transformer.encode_context(embedding) for embedding in inputs.embeddings],
         options.guidance_scale,
         table,
-        transformer.encode_timesteps(timesteps, options.fps),
+        conditions,
         options.causal_block_size,
+        DistanceTable.from_modulation(conditions.modulation[: len(table.timesteps)]),
+        shape,
+        trace,
     )
 
 
-def _open_window(
-    request: Request,
-    inputs: Inputs,
-    video: Latents,
-    number: int,
-    plan: WindowPlan,
-    matrix: StepMatrix,
-    first_chunk: int,
-) -> Window:
-    """Take over the prefix, with its noise, drawn once per window; the rest starts from noise."""
-    options, frames = inputs.options, slice(plan.first, plan.first + plan.frames)
-    latents = inputs.noise[:, frames].copy()
+def _show_prefix(inputs: Inputs, video: Latents, number: int, plan: WindowPlan) -> Latents:
+    """The prefix of a window as the model sees it: with noise, drawn once per window."""
     prefix = video[:, plan.first : plan.first + plan.prefix]
-    latents[:, : plan.prefix] = prefix
-    share = np.float32(0.001 * options.addnoise_condition)
-    drawn = np.random.default_rng([options.seed, number + 1])
+    share = np.float32(0.001 * inputs.options.addnoise_condition)
+    drawn = np.random.default_rng([inputs.options.seed, number + 1])
     noise = drawn.standard_normal(prefix.shape, np.float32)
-    shown = (1 - share) * prefix + share * noise
-    return Window(request, latents, shown, matrix, first_chunk)
+    return (1 - share) * prefix + share * noise

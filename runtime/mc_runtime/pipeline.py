@@ -7,7 +7,7 @@ The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `Vae
 __all__ = ["Video", "VideoPipeline"]
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from mc_engines.bundle import Bundle
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Runner
-from mc_runtime.generation import Inputs, Progress, generate_chunks
-from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
+from mc_runtime.options import GenerationOptions
 from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
 from mc_runtime.transformer import Transformer, open_transformer
 from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
-from motioncache import POLICIES, Policy
+from motioncache import DecisionTrace, Policy, choose_policy, replay
 
 FAMILY = "skyreels"
 IMAGE_REFUSED = (
@@ -43,10 +43,12 @@ class Video:
     Attributes:
         latents: shape (16, frames, h, w).
         frames: Pixels, shape (num_frames, height, width, 3), uint8; None without a VAE.
+        trace: What the policy decided.
     """
 
     latents: Latents
     frames: NDArray[np.uint8] | None
+    trace: DecisionTrace
 
 
 class VideoPipeline:
@@ -143,13 +145,14 @@ class VideoPipeline:
         latents: Latents | None = None,
         video: NDArray[np.uint8] | None = None,
         image: Any = None,
-        policy: Policy | str = "none",
+        policy: Policy | DecisionTrace | str = "none",
+        policy_options: Sequence[str] = (),
         decode: bool = True,
         callback: Callable[[Progress], None] = lambda _: None,
         note: Callable[[str], None] = warnings.warn,
         options: GenerationOptions | None = None,
         **settings: Any,
-    ) -> Iterator[Chunk]:
+    ) -> Generation:
         """Generate a video and yield each chunk as soon as it is clean.
 
         Everything is checked, and prompts are encoded, before this returns.
@@ -163,7 +166,8 @@ class VideoPipeline:
             video: Frames to continue, shape (n, height, width, 3), uint8; the last
                 `overlap_history` of them are encoded, and the video begins with them.
             image: Refused: one frame does not fill a chunk.
-            policy: A cache policy, or the name of one.
+            policy: A cache policy, NAME or NAME:PRESET, or a trace whose decisions are forced.
+            policy_options: Settings FIELD=VALUE of a policy given by name.
             decode: Decode the latents to frames.
             callback: Called after every row of the schedule; an exception it raises ends the run.
             note: Called with what the caller should know, such as that the prompt was cut.
@@ -171,7 +175,7 @@ class VideoPipeline:
             **settings: Single fields of `GenerationOptions`, over those of `options`.
 
         Returns:
-            An iterator of chunks.
+            An iterator of chunks, which also has the trace of what the policy decided.
 
         Raises:
             ValueError: A setting or an input that cannot be generated from.
@@ -182,7 +186,7 @@ class VideoPipeline:
             raise ValueError(IMAGE_REFUSED)
         chosen = replace(options or GenerationOptions(), **settings)
         validate_options(chosen, self._count_prefix(video, chosen), self.grid)
-        chosen_policy = find_policy(policy)
+        chosen_policy = self.find_policy(policy, policy_options)
         decoder = self.decoder if decode else None
         noise = self._noise(latents, chosen)
         branches = [_pick("prompt", prompt, prompt_embeds)]
@@ -192,7 +196,9 @@ class VideoPipeline:
             branches.append(_pick("negative_prompt", negative_prompt, negative_prompt_embeds))
         embeddings = tuple(self._embed_text(*branch, note) for branch in branches)
         inputs = Inputs(embeddings, noise, self._encode_prefix(video, chosen), chosen, self.grid)
-        return generate_chunks(inputs, self.transformer, decoder, chosen_policy, callback)
+        generation = generate_chunks(inputs, self.transformer, decoder, chosen_policy, callback)
+        generation.trace.run["bundle"] = self.bundle.model_hash
+        return generation
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
         """Generate a whole video.
@@ -208,10 +214,40 @@ class VideoPipeline:
             ValueError: As `generate`.
             EngineError: An engine failed, or computed NaN.
         """
-        chunks = list(self.generate(prompt, **arguments))
+        generation = self.generate(prompt, **arguments)
+        chunks = list(generation)
         frames = [chunk.frames for chunk in chunks if chunk.frames is not None]
         latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
-        return Video(latents, np.concatenate(frames) if frames else None)
+        return Video(latents, np.concatenate(frames) if frames else None, generation.trace)
+
+    def find_policy(
+        self, policy: Policy | DecisionTrace | str, options: Sequence[str] = ()
+    ) -> Policy:
+        """Make a policy for this bundle.
+
+        Args:
+            policy: A policy, which is returned; NAME or NAME:PRESET; or a trace to replay.
+            options: Settings FIELD=VALUE of a policy given by name.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: There is none of that name, a setting is wrong or missing, or the trace is
+                of another bundle.
+        """
+        if isinstance(policy, Policy):
+            return policy
+        manifest = self.bundle.manifest
+        if isinstance(policy, str):
+            return choose_policy(policy, options, manifest.family, manifest.model, manifest.presets)
+        recorded = policy.run.get("bundle", self.bundle.model_hash)
+        if recorded != self.bundle.model_hash:
+            raise ValueError(
+                f"trace: expected one of the bundle {self.bundle.model_hash[:12]}, got one of "
+                f"{recorded[:12]}. Replay it on the bundle it was recorded with."
+            )
+        return replay(policy)
 
     def _count_prefix(self, video: NDArray[np.uint8] | None, options: GenerationOptions) -> int:
         """Latent frames that the frames to continue will be, once they are encoded."""
@@ -263,25 +299,6 @@ class VideoPipeline:
                 f"The last {encoded.cut} were cut."
             )
         return encoded.embedding
-
-
-def find_policy(policy: Policy | str) -> Policy:
-    """Look up a policy by its name.
-
-    Args:
-        policy: A policy, which is returned, or a name.
-
-    Returns:
-        The policy.
-
-    Raises:
-        ValueError: There is no policy of that name.
-    """
-    if isinstance(policy, Policy):
-        return policy
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy}.")
-    return POLICIES[policy]()
 
 
 def _pick(name: str, text: str | None, embedding: Embedding | None) -> tuple[str, str | Embedding]:

@@ -18,6 +18,8 @@ from typing import Any
 from mc_engines.bundle import Bundle
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import replace_file
+from motioncache import Policy
+from motioncache.options import format_options
 
 SCHEMA = "motioncache.run/v1"
 _PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "av")
@@ -43,7 +45,7 @@ def record_run(
     inputs: Mapping[str, Any],
     files: Mapping[str, Mapping[str, str]],
     threads: int | None,
-    policy: str,
+    policy: Policy,
     chunks: Sequence[Chunk],
     interrupted: bool,
 ) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def record_run(
         inputs: Prompts, as given.
         files: Input files, from `hash_files`.
         threads: Threads of one operator, or None.
-        policy: Name of the cache policy.
+        policy: The cache policy; all its settings are recorded.
         chunks: Those that were finished; their times are recorded.
         interrupted: Whether the run was stopped before its end.
 
@@ -67,9 +69,11 @@ def record_run(
         "options": asdict(options),
         "inputs": dict(inputs),
         "files": dict(files),
-        "policy": policy,
+        "policy": policy.name,
+        "preset": policy.preset,
+        "policy_options": format_options(policy.config),
         "threads": threads,
-        "bundle": {"path": str(bundle.path.absolute()), "hash": bundle.hash},
+        "bundle": {"path": str(bundle.path.absolute()), "hash": bundle.model_hash},
         "versions": _versions(),
         "interrupted": interrupted,
         "chunks": [
@@ -100,17 +104,17 @@ def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
         bundle: On which the run is to be repeated.
 
     Returns:
-        Fields of `GenerationOptions`, `policy`, `threads`, prompts and files, by parameter name
-        of `mc-generate`.
+        Fields of `GenerationOptions`, `policy`, `policy_option`, `threads`, prompts and files, by
+        parameter name of `mc-generate`.
 
     Raises:
         ValueError: It is no record of this version, or of another bundle, or an input has changed.
     """
     record = _read_record(path)
-    if record["bundle"] != bundle.hash:
+    if record["bundle"] != bundle.model_hash:
         raise ValueError(
-            f"{path}: expected the bundle {record['bundle'][:12]}, "
-            f"got {bundle.path} with {bundle.hash[:12]}. Repeat the run on the bundle it used."
+            f"{path}: expected the bundle {record['bundle'][:12]}, got {bundle.path} with "
+            f"{bundle.model_hash[:12]}. Repeat the run on the bundle it used."
         )
     for file, digest in record["files"]:
         if not file.is_file() or _hash(file) != digest:
@@ -146,6 +150,7 @@ def _read_record(path: Path) -> dict[str, Any]:
                 **record["inputs"],
                 **files,
                 "policy": record["policy"],
+                "policy_option": tuple(record["policy_options"]),
                 "threads": record["threads"],
             },
         }

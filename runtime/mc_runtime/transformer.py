@@ -10,7 +10,7 @@ __all__ = ["Conditions", "KeyCache", "Transformer", "TransformerConfig", "open_t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from mc_engines.onnxruntime_runner import (
     open_runner,
 )
 from mc_engines.runner import Array, Arrays, Runner
+from mc_engines.timed_runner import Clock, TimedRunner
 
 FPS_WITH_ID_0 = 16  # every other frame rate has id 1 (SkyReels-V2, diffusion_forcing_pipeline.py)
 
@@ -44,6 +45,7 @@ class TransformerConfig:
         rope_theta: Base of the rotary frequencies.
         rope_axes: Head dimensions of time, height and width.
         rope_max_positions: Positions that the model knows on each axis.
+        token_buckets: Shares of a chunk's tokens that engines are built for, ascending.
     """
 
     layers: int
@@ -58,12 +60,15 @@ class TransformerConfig:
     rope_theta: float
     rope_axes: tuple[int, int, int]
     rope_max_positions: int
+    token_buckets: tuple[float, ...]
 
     @classmethod
     def from_manifest(cls, config: Mapping[str, Any]) -> "TransformerConfig":
         """Read the manifest's `config.transformer`; fields that a run does not need are ignored."""
         values = {name: config[name] for name in cls.__dataclass_fields__}
-        tuples = {name: tuple(config[name]) for name in ("patch_size", "rope_axes")}
+        tuples = {
+            name: tuple(config[name]) for name in ("patch_size", "rope_axes", "token_buckets")
+        }
         return cls(**(values | tuples))
 
 
@@ -126,10 +131,12 @@ class Transformer:
 
     Attributes:
         config: Sizes.
-        runners: By component: text_projection, context, timestep, embed, block, head.
+        runners: By component: text_projection, context, timestep, embed, block, head, motion.
         fused_block: The block with fused attention, for passes with very many scores.
         block_weights: Gives the weights of one layer of `block`.
         context_weights: Gives those of `context`.
+        buckets: Shares of a chunk's tokens that a partial pass is padded up to; empty where the
+            engine takes any number, as ONNX Runtime does.
     """
 
     config: TransformerConfig
@@ -137,6 +144,25 @@ class Transformer:
     fused_block: Runner
     block_weights: Callable[[int], Arrays]
     context_weights: Callable[[int], Arrays]
+    buckets: tuple[float, ...] = ()
+
+    def timed(self, clock: Clock) -> "Transformer":
+        """Return the same engines, whose time is added to a clock."""
+        return replace(
+            self,
+            runners={name: TimedRunner(runner, clock) for name, runner in self.runners.items()},
+            fused_block=TimedRunner(self.fused_block, clock),
+        )
+
+    def bucket(self, recomputed: int, tokens: int) -> int:
+        """Return how many tokens go through the blocks for K recomputed ones of L.
+
+        Example:
+            With the buckets 0.25, 0.5 and 1, L = 100: 0 for 0, 25 for 3, 50 for 26.
+        """
+        sizes = (math.ceil(share * tokens) for share in self.buckets)
+        fitting = [size for size in sizes if size >= recomputed]
+        return min(fitting, default=recomputed) if recomputed else 0
 
     def encode_context(self, embedding: NDArray[np.float32]) -> list[dict[str, Array]]:
         """Compute the keys and values of a prompt, once per prompt.
@@ -184,6 +210,9 @@ class Transformer:
     ) -> NDArray[np.float32]:
         """Run all blocks for some tokens of a chunk and put their keys into the cache.
 
+        A pass that is padded up to a bucket computes its last token several times; `kv_map` names
+        none of the copies, and neither keys nor output keep them.
+
         Args:
             x: All embedded tokens of the chunk, shape (1, L, C).
             rows: The tokens to recompute, ascending, shape (K,).
@@ -196,10 +225,11 @@ class Transformer:
         Returns:
             The last block's output for these tokens, shape (1, K, C).
         """
-        tokens = x.shape[1]
-        whole = len(rows) == tokens
+        tokens, count = x.shape[1], len(rows)
+        whole = count == tokens
         slots = slice(first, first + tokens) if whole else first + rows
         kv_map = cache.map_visible(first, rows, tokens)
+        rows = np.pad(rows, (0, self.bucket(count, tokens) - count), mode="edge")
         inputs: dict[str, Array] = {
             "frame_ids": np.zeros(len(rows), np.int32),
             "modulation": modulation,
@@ -216,8 +246,10 @@ class Transformer:
                 {"x": y, **inputs, **context[layer], **cached}, self.block_weights(layer)
             )
             y = outputs["y"]
-            cache.write(layer, slots, outputs["k_new"], outputs["v_new"])
-        return y
+            cache.write(
+                layer, slots, outputs["k_new"][:, :, :count], outputs["v_new"][:, :, :count]
+            )
+        return y[:, :count]
 
     def head(
         self, out: NDArray[np.float32], head_modulation: NDArray[np.float32]
@@ -229,6 +261,27 @@ class Transformer:
             "head_modulation": head_modulation,
         }
         return self.runners["head"].run(inputs)["patches"]
+
+    def motion(
+        self, out: NDArray[np.float32], frames: int, previous: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """Measure how much each frame of a chunk's output differs from the one before.
+
+        Args:
+            out: Block output, shape (1, L, C).
+            frames: Latent frames F.
+            previous: Last frame of the chunk before, shape (1, P, C); without it the first frame
+                takes the motion of the second.
+
+        Returns:
+            mean |h[f] - h[f-1]| / (mean |h[f-1]| + 1e-8) over channels, shape (F, P).
+        """
+        framed = out.reshape(1, frames, -1, out.shape[2])
+        before = framed[:, 0] if previous is None else previous
+        motion = self.runners["motion"].run({"out": framed, "previous": before})["change"]
+        if previous is None:
+            motion[0] = motion[min(1, frames - 1)]
+        return motion
 
 
 def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
@@ -245,7 +298,7 @@ def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
         BundleError: The bundle lacks a graph or a weight.
         EngineError: A graph cannot be loaded.
     """
-    names = ("text_projection", "context", "timestep", "embed", "block", "head")
+    names = ("text_projection", "context", "timestep", "embed", "block", "head", "motion")
     config = TransformerConfig.from_manifest(bundle.manifest.config["transformer"])
     return Transformer(
         config,
