@@ -35,7 +35,7 @@ MOVING_LEVELS = 8
 MOVING_MARGIN = 2  # pixels to each side: soft edges move too, by less than the threshold
 _SSIM_WINDOW = 7  # pixels, all of one weight: scikit-image's default
 _LPIPS_SIDE = 31  # pixels of the smallest frame from which AlexNet's last layer sees anything
-# Of the frames of a batch: of what AlexNet computes, about 200 bytes per pixel are alive at once.
+# Of a batch, in which there is at least one frame: one of 540P takes about 60 MB.
 _LPIPS_PIXELS = 2**19
 
 _Frames = NDArray[np.uint8]
