@@ -145,8 +145,12 @@ def none() -> Policy:
         >>> plan.recompute.tolist()
         [True, True, True, True]
     """
-    return Policy(
-        "none",
-        lambda shape, scope: shape.tokens,
-        lambda tokens, distance: (Plan(np.ones(tokens, np.bool_)), tokens),
-    )
+    return Policy("none", _count_tokens, _recompute_all)
+
+
+def _count_tokens(shape: RunShape, scope: Scope) -> int:
+    return shape.tokens
+
+
+def _recompute_all(tokens: int, distance: float) -> tuple[Plan, int]:
+    return Plan(np.ones(tokens, np.bool_)), tokens

@@ -239,7 +239,7 @@ class DecisionTrace:
                 header = json.loads(str(stored["header"]))
                 arrays = {name: stored[name] for name in _ARRAYS}
             if header["schema"] != SCHEMA:
-                raise ValueError(f"schema {header['schema']}")
+                raise ValueError(f"schema: expected {SCHEMA}, got {header['schema']}")
             run, mode = header["run"], arrays["mode"]
             tokens = run["frames"] * run["positions"]
             bits = np.unpackbits(arrays["recompute"], axis=3, count=tokens).astype(np.int8)
@@ -248,7 +248,7 @@ class DecisionTrace:
             return cls(**arrays, window_start=tuple(header["window_start"]), run=run)
         except _NOT_NPZ as error:
             raise ValueError(
-                f"{path}: expected a trace ({SCHEMA}), got: {error}. "
+                f"{path}: expected a trace of a run, got: {error}. "
                 "Pass a file that mc-generate --trace wrote."
             ) from error
 

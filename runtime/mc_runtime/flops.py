@@ -2,7 +2,7 @@
 
 `count_work` says what a run did; `vanilla_work` and `chunk_causal_work` say what it is compared
 with; `published_work` and `published_causal_work` count as the papers do, and
-`explain_difference` leads from there to ours. Neighbours: `plan_windows` and `step_matrix` give the
+`explain_difference` leads from there to ours. Neighbours: `plan_run` gives the
 schedule, a `DecisionTrace` what was decided.
 
 A multiply-add is two operations. What counts are the matrix products and convolutions of the
@@ -34,7 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_runtime.options import GenerationOptions
-from mc_runtime.schedule import WAN_GRID, LatentGrid, StepMatrix, plan_windows, step_matrix
+from mc_runtime.run_plan import plan_run
+from mc_runtime.schedule import WAN_GRID, LatentGrid, StepMatrix
 from motioncache.trace import DecisionTrace, Mode
 
 PUBLISHED_TEXT_TOKENS = 512
@@ -153,16 +154,8 @@ def plan_job(
     Returns:
         The job.
     """
-    size, steps = options.causal_block_size, options.num_inference_steps
-    down, across = (grid.spatial_factor * patch for patch in grid.patch_size[1:])
-    return Job(
-        size * (options.height // down) * (options.width // across),
-        tuple(text_tokens),
-        tuple(
-            step_matrix(window.frames // size, steps, options.ar_step, window.prefix // size)
-            for window in plan_windows(options, prefix_latent_frames, grid)
-        ),
-    )
+    plan = plan_run(options, prefix_latent_frames, grid)
+    return Job(plan.shape.tokens, tuple(text_tokens), plan.matrices)
 
 
 class _Passes(NamedTuple):

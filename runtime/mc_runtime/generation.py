@@ -1,6 +1,6 @@
 """One generation: windows one after the other, chunks decoded as they are finished.
 
-Neighbours: `VideoPipeline.generate` checks the inputs and calls `generate_chunks`; `plan_windows`
+Neighbours: `VideoPipeline.generate` checks the inputs and calls `generate_chunks`; `plan_run`
 cuts the video, `denoise_window` denoises a window, `VaeDecoder` decodes. Windows hand over
 latents, never pixels.
 """
@@ -8,7 +8,7 @@ latents, never pixels.
 __all__ = ["Generation", "Inputs", "Progress", "generate_chunks"]
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from mc_engines.errors import EngineError
 from mc_runtime.denoise import Request, Window, denoise_window
 from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.run_plan import RunPlan
 from mc_runtime.sampler import sampler_table
-from mc_runtime.schedule import LatentGrid, StepMatrix, plan_windows, step_matrix
 from mc_runtime.schedule import Window as WindowPlan
 from mc_runtime.transformer import Transformer
 from mc_runtime.vae import VaeDecoder, VaeState, to_uint8
-from motioncache import DecisionTrace, DistanceTable, Policy, RunShape
+from motioncache import DecisionTrace, DistanceTable, Policy
 
 CLEAN_TIMESTEP = 0
 Latents = NDArray[np.float32]
@@ -57,14 +57,14 @@ class Inputs:
         noise: Latent frame i of the video starts from noise[:, i]; shape (c, frames, h, w).
         prefix: Latents that the video begins with, shape (c, n, h, w); n may be 0.
         options: Accepted by `validate_options`.
-        grid: Of the model.
+        bundle: Identity of the model, for the trace.
     """
 
     embeddings: tuple[NDArray[np.float32], ...]
     noise: Latents
     prefix: Latents
     options: GenerationOptions
-    grid: LatentGrid
+    bundle: str
 
 
 class _Output:
@@ -114,6 +114,7 @@ class Generation(Iterator[Chunk]):
 
 def generate_chunks(
     inputs: Inputs,
+    plan: RunPlan,
     transformer: Transformer,
     decoder: VaeDecoder | None,
     policy: Policy,
@@ -123,60 +124,22 @@ def generate_chunks(
 
     Args:
         inputs: Tensors and settings.
+        plan: Of the run.
         transformer: Engines and weights.
         decoder: Makes frames of latents; None leaves them out.
-        policy: Decides which tokens are recomputed.
+        policy: Decides which tokens are recomputed; has accepted the shape of the run.
         callback: Called after every row of the schedule.
 
     Returns:
         Each chunk as soon as it is clean, first those of a given prefix. Together they are the
         video. Its iterator raises EngineError where an engine fails or computes NaN.
-
-    Raises:
-        ValueError: The policy does not fit the run.
     """
-    options = inputs.options
-    plans = plan_windows(options, inputs.prefix.shape[1], inputs.grid)
-    matrices = [_matrix(plan, options) for plan in plans]
-    shape = _run_shape(inputs, matrices, transformer)
-    policy.check(shape)
-    trace = DecisionTrace.empty(shape, _describe(inputs, transformer, policy, plans))
-    chunks = _generate(
-        inputs, transformer, decoder, policy, callback, plans, matrices, shape, trace
-    )
+    trace = DecisionTrace.empty(plan.shape, _describe(inputs, plan, policy))
+    chunks = _generate(inputs, plan, transformer, decoder, policy, callback, trace)
     return Generation(trace, chunks)
 
 
-def _run_shape(
-    inputs: Inputs, matrices: Sequence[StepMatrix], transformer: Transformer
-) -> RunShape:
-    """What the policy may know of the run."""
-    sizes = [matrix.update.shape for matrix in matrices]
-    chunks = max(size[1] for size in sizes)
-    active = [
-        np.pad(matrix.update, ((0, 0), (0, chunks - matrix.update.shape[1]))) for matrix in matrices
-    ]
-    starts = np.cumsum([0, *(size[0] for size in sizes[:-1])])
-    height, width = _token_grid(inputs, transformer)
-    return RunShape(
-        np.concatenate(active),
-        tuple(starts.tolist()),
-        len(inputs.embeddings),
-        inputs.options.causal_block_size,
-        height * width,
-        inputs.options.num_inference_steps,
-    )
-
-
-def _token_grid(inputs: Inputs, transformer: Transformer) -> tuple[int, int]:
-    """Tokens of a latent frame along height and width."""
-    _, down, across = transformer.config.patch_size
-    return inputs.noise.shape[2] // down, inputs.noise.shape[3] // across
-
-
-def _describe(
-    inputs: Inputs, transformer: Transformer, policy: Policy, plans: Sequence[WindowPlan]
-) -> dict[str, Any]:
+def _describe(inputs: Inputs, plan: RunPlan, policy: Policy) -> dict[str, Any]:
     """What a trace has to say of its run."""
     return {
         "policy": {
@@ -185,49 +148,53 @@ def _describe(
             "config": None if policy.config is None else asdict(policy.config),
         },
         "clean_pass": policy.clean_pass,
-        "grid": list(_token_grid(inputs, transformer)),
-        "steps": inputs.options.num_inference_steps,
+        "bundle": inputs.bundle,
+        "grid": list(plan.token_grid),
+        "steps": plan.shape.steps,
         "text_tokens": [embedding.shape[1] for embedding in inputs.embeddings],
-        "windows": [asdict(plan) for plan in plans],
+        "windows": [asdict(window) for window in plan.windows],
         "options": asdict(inputs.options),
     }
 
 
 def _generate(
     inputs: Inputs,
+    plan: RunPlan,
     transformer: Transformer,
     decoder: VaeDecoder | None,
     policy: Policy,
     callback: Callable[[Progress], None],
-    plans: Sequence[WindowPlan],
-    matrices: Sequence[StepMatrix],
-    shape: RunShape,
     trace: DecisionTrace,
 ) -> Iterator[Chunk]:
     size = inputs.options.causal_block_size
-    output = _Output(sum(len(_new_frames(plan, size)) for plan in plans), decoder)
+    output = _Output(sum(len(_new_frames(window, size)) for window in plan.windows), decoder)
     video = inputs.noise.copy()  # what is not denoised yet is noise
-    given = plans[0].prefix
+    given = plan.windows[0].prefix
     video[:, :given] = inputs.prefix[:, :given]
     for first in range(0, given, size):
         yield output.emit(video[:, first : first + size].copy(), {})
-    request = _request(inputs, transformer, policy, shape, trace)
+    request = _request(inputs, plan, transformer, policy, trace)
     histories: list[dict[int, NDArray[np.float32]]] = [{} for _ in inputs.embeddings]
-    for number, (plan, matrix) in enumerate(zip(plans, matrices, strict=True)):
+    for number, cut in enumerate(plan.windows):
         if policy.reset_history:
             histories = [{} for _ in inputs.embeddings]
-        first_chunk = output.done - plan.prefix // size
-        shown = _show_prefix(inputs, video, number, plan)
-        latents = inputs.noise[:, plan.first : plan.first + plan.frames].copy()
-        latents[:, : plan.prefix] = video[:, plan.first : plan.first + plan.prefix]
-        window = Window(request, latents, shown, matrix, first_chunk, number, histories)
+        first_chunk = output.done - cut.prefix // size
+        window = Window(
+            request,
+            _initial_latents(inputs, video, cut),
+            _show_prefix(inputs, video, number, cut),
+            plan.matrices[number],
+            first_chunk,
+            number,
+            histories,
+        )
 
-        def after_row(row: int, before: int = shape.window_start[number]) -> None:
+        def after_row(row: int, before: int = plan.shape.window_start[number]) -> None:
             elapsed = time.perf_counter() - output.start
-            done, rows = before + row + 1, len(shape.active)
+            done, rows = before + row + 1, len(plan.shape.active)
             callback(Progress(done, rows, output.done, output.count, elapsed))
 
-        new = _new_frames(plan, size)
+        new = _new_frames(cut, size)
         for finished in denoise_window(window, after_row):
             frames = new.get(finished.chunk)
             if frames is not None:
@@ -235,27 +202,21 @@ def _generate(
                 yield output.emit(video[:, frames].copy(), finished.computed)
 
 
-def _matrix(plan: WindowPlan, options: GenerationOptions) -> StepMatrix:
-    size = options.causal_block_size
-    steps, lag = options.num_inference_steps, options.ar_step
-    return step_matrix(plan.frames // size, steps, lag, plan.prefix // size)
-
-
-def _new_frames(plan: WindowPlan, size: int) -> dict[int, slice]:
+def _new_frames(cut: WindowPlan, size: int) -> dict[int, slice]:
     """By chunk of the window: the latent frames of the video that it adds, where it adds any."""
     new = {}
-    for chunk in range(plan.frames // size):
-        start, stop = max(plan.skip, chunk * size), (chunk + 1) * size
+    for chunk in range(cut.frames // size):
+        start, stop = max(cut.skip, chunk * size), (chunk + 1) * size
         if start < stop:
-            new[chunk] = slice(plan.first + start, plan.first + stop)
+            new[chunk] = slice(cut.first + start, cut.first + stop)
     return new
 
 
 def _request(
     inputs: Inputs,
+    plan: RunPlan,
     transformer: Transformer,
     policy: Policy,
-    shape: RunShape,
     trace: DecisionTrace,
 ) -> Request:
     """What all windows share; the prompt's keys and the modulation are computed here, once."""
@@ -274,14 +235,21 @@ def _request(
         conditions,
         options.causal_block_size,
         DistanceTable.from_modulation(conditions.modulation[: len(table.timesteps)]),
-        shape,
+        plan.shape,
         trace,
     )
 
 
-def _show_prefix(inputs: Inputs, video: Latents, number: int, plan: WindowPlan) -> Latents:
+def _initial_latents(inputs: Inputs, video: Latents, cut: WindowPlan) -> Latents:
+    """The prefix of a window, from the video, and its noise."""
+    latents = inputs.noise[:, cut.first : cut.first + cut.frames].copy()
+    latents[:, : cut.prefix] = video[:, cut.first : cut.first + cut.prefix]
+    return latents
+
+
+def _show_prefix(inputs: Inputs, video: Latents, number: int, cut: WindowPlan) -> Latents:
     """The prefix of a window as the model sees it: with noise, drawn once per window."""
-    prefix = video[:, plan.first : plan.first + plan.prefix]
+    prefix = video[:, cut.first : cut.first + cut.prefix]
     share = np.float32(0.001 * inputs.options.addnoise_condition)
     drawn = np.random.default_rng([inputs.options.seed, number + 1])
     noise = drawn.standard_normal(prefix.shape, np.float32)

@@ -21,6 +21,7 @@ from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Runner
 from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
 from mc_runtime.options import GenerationOptions
+from mc_runtime.run_plan import plan_run
 from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
 from mc_runtime.transformer import Transformer, open_transformer
@@ -146,7 +147,6 @@ class VideoPipeline:
         video: NDArray[np.uint8] | None = None,
         image: Any = None,
         policy: Policy | DecisionTrace | str = "none",
-        policy_options: Sequence[str] = (),
         decode: bool = True,
         callback: Callable[[Progress], None] = lambda _: None,
         note: Callable[[str], None] = warnings.warn,
@@ -163,11 +163,9 @@ class VideoPipeline:
             prompt_embeds: Instead of `prompt`, shape (1, T, text_dim), float32.
             negative_prompt_embeds: Instead of `negative_prompt`, the same shape but for T.
             latents: Initial noise, shape (16, frames, h, w), float32; drawn from `seed` if None.
-            video: Frames to continue, shape (n, height, width, 3), uint8; the last
-                `overlap_history` of them are encoded, and the video begins with them.
+            video: Frames (n, height, width, 3), uint8; the last `overlap_history` are continued.
             image: Refused: one frame does not fill a chunk.
-            policy: A cache policy, NAME or NAME:PRESET, or a trace whose decisions are forced.
-            policy_options: Settings FIELD=VALUE of a policy given by name.
+            policy: What `find_policy` takes: NAME, NAME:PRESET, a policy, or a trace to replay.
             decode: Decode the latents to frames.
             callback: Called after every row of the schedule; an exception it raises ends the run.
             note: Called with what the caller should know, such as that the prompt was cut.
@@ -185,20 +183,19 @@ class VideoPipeline:
         if image is not None:
             raise ValueError(IMAGE_REFUSED)
         chosen = replace(options or GenerationOptions(), **settings)
-        validate_options(chosen, self._count_prefix(video, chosen), self.grid)
-        chosen_policy = self.find_policy(policy, policy_options)
+        prefix = self._count_prefix(video, chosen)
+        validate_options(chosen, prefix, self.grid)
+        chosen_policy = self.find_policy(policy)
+        plan = plan_run(chosen, prefix, self.grid)
+        chosen_policy.check(plan.shape)
         decoder = self.decoder if decode else None
-        noise = self._noise(latents, chosen)
-        branches = [_pick("prompt", prompt, prompt_embeds)]
-        if chosen.guidance_scale > 1:
-            if negative_prompt is None and negative_prompt_embeds is None:
-                negative_prompt = ""
-            branches.append(_pick("negative_prompt", negative_prompt, negative_prompt_embeds))
-        embeddings = tuple(self._embed_text(*branch, note) for branch in branches)
-        inputs = Inputs(embeddings, noise, self._encode_prefix(video, chosen), chosen, self.grid)
-        generation = generate_chunks(inputs, self.transformer, decoder, chosen_policy, callback)
-        generation.trace.run["bundle"] = self.bundle.model_hash
-        return generation
+        texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
+        embeddings = tuple(
+            self._embed_text(*picked, note) for picked in _pick_texts(*texts, plan.shape.branches)
+        )
+        noise, first = self._noise(latents, chosen), self._encode_prefix(video, chosen)
+        inputs = Inputs(embeddings, noise, first, chosen, self.bundle.model_hash)
+        return generate_chunks(inputs, plan, self.transformer, decoder, chosen_policy, callback)
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
         """Generate a whole video.
@@ -299,6 +296,18 @@ class VideoPipeline:
                 f"The last {encoded.cut} were cut."
             )
         return encoded.embedding
+
+
+def _pick_texts(
+    positive: tuple[str | None, Embedding | None],
+    negative: tuple[str | None, Embedding | None],
+    branches: int,
+) -> list[tuple[str, str | Embedding]]:
+    """The text or embedding of each branch, under its name; no negative prompt is an empty one."""
+    if all(value is None for value in negative):
+        negative = "", None
+    given = [("prompt", positive), ("negative_prompt", negative)]
+    return [_pick(name, *values) for name, values in given[:branches]]
 
 
 def _pick(name: str, text: str | None, embedding: Embedding | None) -> tuple[str, str | Embedding]:

@@ -88,7 +88,7 @@ def failing(pipeline, component, calls):
 
 # With 4 steps and a lag of 2 the second chunk takes its steps 3 and 4 after the first is finished,
 # and before them the first is passed once more. Guidance doubles every call of block and head; the
-# block runs for two layers; embed runs once per step and branch, and once for the clean pass.
+# block runs for two layers; embed runs once per step, and once for the clean pass.
 @pytest.mark.parametrize(
     ("component", "calls", "chunk", "step", "finished"),
     [
@@ -96,7 +96,7 @@ def failing(pipeline, component, calls):
         ("head", 8, 1, 1, 0),
         ("head", 13, 1, 3, 1),
         ("block", 24 + 4 + 4, 1, 3, 1),
-        ("embed", 12 + 1 + 4, 1, 4, 1),
+        ("embed", 6 + 1 + 2, 1, 4, 1),
     ],
 )
 def test_nan_that_appears_on_the_way(tiny, component, calls, chunk, step, finished):

@@ -24,9 +24,9 @@ class RandomSubsets:
 
     def __init__(self, seed):
         self.draw, self.masks = np.random.default_rng(seed), []
-        self.policy = Policy("random", lambda tokens: (tokens, 0), self.plan_step)
+        self.policy = Policy("random", lambda shape, scope: (shape.tokens, 0), self.plan_step)
 
-    def plan_step(self, state):
+    def plan_step(self, state, distance):
         tokens, step = state
         share = self.draw.choice([0, 0.1, 0.5, 0.9, 1]) if step else 1
         self.masks.append(self.draw.random(tokens) < share)

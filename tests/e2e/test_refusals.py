@@ -102,7 +102,10 @@ SIZES_FOLLOW = "Its sizes follow from the model, num_frames, height and width."
             {"prompt": "a cat", "num_inference_steps": 0},
             "num_inference_steps: expected a whole number, got 0. Use 1 to 1000.",
         ),
-        ({"prompt": "a cat", "policy": "taylor"}, "policy: expected one of none, got taylor."),
+        (
+            {"prompt": "a cat", "policy": "taylor"},
+            "policy: expected one of none, teacache, flowcache, motioncache, got taylor.",
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused_before_any_work(tiny, monkeypatch, arguments, message):

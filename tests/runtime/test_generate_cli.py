@@ -13,10 +13,17 @@ from click.testing import CliRunner
 from mc_engines.errors import McError
 from mc_runtime import generate_cli
 from mc_runtime.generate_cli import main
-from mc_runtime.generation import Progress
+from mc_runtime.generation import Generation, Progress
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.schedule import WAN_GRID
+from motioncache import DecisionTrace, Preset, choose_policy, replay
 
+CALIBRATED = Preset(
+    "flowcache", "calibrated", {"threshold": 0.2, "coefficients": [1, 0]}, "calibrated", "here"
+)
+PRESETS = {CALIBRATED.key: CALIBRATED.to_json()}
+MASKS = np.array([1, 1, 0, 0, 1, 0, -1, -1], np.int8).reshape(4, 1, 1, 2)
+TRACE = DecisionTrace.from_masks(MASKS, frames=1, clean_pass=True)
 SIZES = ("--height", "32", "--width", "48", "--num-frames", "57")
 PROMPT = ("--prompt", "a bird")
 
@@ -34,13 +41,20 @@ class FakePipeline:
 
     @classmethod
     def from_bundle(cls, path, threads=None):
-        return cls(SimpleNamespace(path=path, hash=f"{path.name:0<64}"), threads)
+        manifest = SimpleNamespace(model=None, presets=PRESETS)
+        digest = f"{path.name:0<64}"
+        return cls(SimpleNamespace(path=path, model_hash=digest, manifest=manifest), threads)
+
+    def find_policy(self, policy, options=()):
+        if isinstance(policy, DecisionTrace):
+            return replay(policy)
+        return choose_policy(policy, options, "skyreels", None, PRESETS)
 
     def generate(self, *, options, callback, note, decode, **arguments):
         self.calls.append({"options": options, "threads": self.threads, "decode": decode})
         self.calls[-1] |= arguments
         note("prompt: expected at most 512 tokens, got 600. The last 88 were cut.")
-        return self._chunks(options, callback, decode)
+        return Generation(TRACE, self._chunks(options, callback, decode))
 
     def _chunks(self, options, callback, decode):
         draw = np.random.default_rng(options.seed)
@@ -112,8 +126,8 @@ def test_every_setting_reaches_the_pipeline(fake, folder):
     generate(*flags, *texts, "--save-latents", "out.npz")
     call = fake.calls[0]
     assert call["options"] == GenerationOptions(**settings)
-    asked = (call[name] for name in ("prompt", "negative_prompt", "threads", "decode", "policy"))
-    assert tuple(asked) == ("a", "b", 2, False, "none")
+    asked = (call[name] for name in ("prompt", "negative_prompt", "threads", "decode"))
+    assert (*asked, call["policy"].name) == ("a", "b", 2, False, "none")
 
 
 def test_a_run_leaves_video_latents_and_record(fake, folder):
@@ -126,6 +140,7 @@ def test_a_run_leaves_video_latents_and_record(fake, folder):
     assert (record["interrupted"], len(record["chunks"])) == (False, 3)
     assert result.stdout == "done: out.mp4, out.npz\n"
     assert result.stderr.splitlines() == [
+        "Nothing is cached. Faster: --policy flowcache:calibrated",
         "prompt: expected at most 512 tokens, got 600. The last 88 were cut.",
         "first chunk after 1.5 s, 2 left",
         "chunk 2 of 3, 1.5 s, 1 left",
@@ -364,3 +379,60 @@ def test_a_prompt_becomes_a_video_and_again_the_same(tiny_bundle, folder):
     generate("--repeat", "a.json", *outputs, bundle=tiny_bundle)
     for ending in ("mp4", "npz"):
         assert (folder / f"a.{ending}").read_bytes() == (folder / f"b.{ending}").read_bytes()
+
+
+def test_policy_options_reach_the_policy_and_the_record(fake, folder):
+    options = ("--policy-option", "threshold=0.5", "--policy-option", "compat=reference")
+    generate(*PROMPT, "--policy", "flowcache:calibrated", *options, "--save-latents", "out.npz")
+    config = fake.calls[0]["policy"].config
+    assert (config.threshold, config.coefficients, config.compat) == (0.5, (1, 0), "reference")
+    record = json.loads((folder / "out.json").read_text())
+    assert (record["policy"], record["preset"]) == ("flowcache", "calibrated")
+    generate("--repeat", "out.json", "--save-latents", "again.npz")
+    assert fake.calls[1]["policy"].config == config
+
+
+def test_another_policy_wins_over_the_recorded_options(fake, folder):
+    generate(*PROMPT, "--policy", "flowcache", "--save-latents", "out.npz")
+    generate("--repeat", "out.json", "--policy", "none", "--save-latents", "again.npz")
+    assert fake.calls[1]["policy"].name == "none"
+
+
+def test_a_trace_is_written_exactly_where_asked_and_replayed(fake, folder):
+    generate(*PROMPT, "--trace", "t", "--save-latents", "out.npz")
+    assert names(folder) == {"t", "t.jsonl", "out.npz", "out.json"}
+    assert (DecisionTrace.load("t").recompute == MASKS).all()
+    generate(*PROMPT, "--replay", "t", "--save-latents", "again.npz")
+    assert fake.calls[1]["policy"].name == "replay"
+    generate("--repeat", "again.json", "--save-latents", "third.npz")
+    assert fake.calls[2]["policy"].name == "replay"
+    generate("--repeat", "again.json", "--policy", "none", "--save-latents", "fourth.npz")
+    assert fake.calls[3]["policy"].name == "none"
+
+
+def test_a_trace_is_not_overwritten(fake, folder):
+    (folder / "t.jsonl").touch()
+    message = "t.jsonl: expected a new file, got one that exists. Pass --overwrite."
+    refused(message, *PROMPT, "--trace", "t", "--save-latents", "out.npz")
+
+
+def test_replay_and_policy_exclude_each_other(fake, folder):
+    TRACE.save(folder / "t")
+    message = "--replay forces what is recomputed. Leave --policy out."
+    refused(message, *PROMPT, "--replay", "t", "--policy", "none", "--save-latents", "o.npz")
+
+
+@pytest.mark.parametrize(
+    ("distances", "shares", "said"),
+    [
+        ([np.nan, 0.1, 0.1], [1, 1, 1], "0% of the tokens were reused after the warm-up. The "),
+        ([np.nan, 0.1, 0.1], [1, 0, 0], "100% of the tokens were reused after the warm-up. Hardly"),
+        ([np.nan, 0.1, 0.1], [1, 0, 1], "50% of the tokens were reused after the warm-up.\n"),
+    ],
+)
+def test_a_run_says_how_much_it_reused(fake, folder, monkeypatch, distances, shares, said):
+    masks = np.array(shares, np.int8).reshape(3, 1, 1, 1)
+    trace = DecisionTrace.from_masks(masks, frames=1, clean_pass=True)
+    trace.distance[:, 0, 0] = distances
+    monkeypatch.setattr(f"{__name__}.TRACE", trace)
+    assert said in generate(*PROMPT, "--save-latents", "out.npz").stderr

@@ -9,13 +9,15 @@ import pytest
 
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.run_record import hash_files, read_options, record_run, write_record
+from motioncache import make_policy, none
 
 OPTIONS = GenerationOptions(num_frames=17, seed=7, sigma_table="skyreels", guidance_scale=1.5)
+POLICY = make_policy("flowcache", {"threshold": 0.1, "coefficients": (1.0, 0.0)})
 TEXTS = {"prompt": "a bird, grün", "negative_prompt": None}
 
 
 def bundle(path, digest="ab" * 32):
-    return SimpleNamespace(path=path, hash=digest)
+    return SimpleNamespace(path=path, model_hash=digest)
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def saved(tmp_path):
     (tmp_path / "noise.npz").write_bytes(b"noise")
     files = hash_files({"latents": tmp_path / "noise.npz"})
     chunk = Chunk(0, 4, np.zeros((16, 5, 2, 2), np.float32), None, 2.5, 0.5, {"full": 3})
-    record = record_run(bundle(tmp_path / "b"), OPTIONS, TEXTS, files, 2, "none", [chunk], True)
+    record = record_run(bundle(tmp_path / "b"), OPTIONS, TEXTS, files, 2, POLICY, [chunk], True)
     write_record(tmp_path / "out.json", record)
     return tmp_path / "out.json"
 
@@ -34,7 +36,9 @@ def change(path, **entries):
 
 def test_a_record_gives_back_what_was_set(saved, tmp_path):
     assert read_options(saved, bundle(tmp_path / "elsewhere")) == {
-        **vars(OPTIONS), **TEXTS, "latents": tmp_path / "noise.npz", "policy": "none", "threads": 2
+        **vars(OPTIONS), **TEXTS, "latents": tmp_path / "noise.npz", "threads": 2,
+        "policy": "flowcache", "policy_option": ("threshold=0.1", "coefficients=1.0,0.0",
+        "warmup_steps=4", "compat=fixed"),
     }  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def test_paths_are_of_use_in_another_folder(tmp_path, monkeypatch):
     (tmp_path / "noise.npz").touch()
     relative = type(tmp_path)("noise.npz")
     assert hash_files({"latents": relative})["latents"]["path"] == str(tmp_path / "noise.npz")
-    record = record_run(bundle(type(tmp_path)("b")), OPTIONS, {}, {}, None, "none", [], False)
+    record = record_run(bundle(type(tmp_path)("b")), OPTIONS, {}, {}, None, none(), [], False)
     assert record["bundle"]["path"] == str(tmp_path / "b")
 
 
