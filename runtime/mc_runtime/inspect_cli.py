@@ -1,16 +1,20 @@
-"""`mc-inspect`: show what a bundle holds, and check every byte of it.
+"""`mc-inspect`: show what a bundle holds, the schedule of a coming run, or what a past one did.
 
-Neighbours: `Bundle.open` reads what is shown, `find_faults` checks it.
+Neighbours: `Bundle.open` reads what is shown and `find_faults` checks it; `forecast_schedule` looks
+ahead, `trace_report` and `overlay` draw a trace.
 """
 
 __all__ = ["main"]
 
 import json
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -21,31 +25,239 @@ from mc_engines.command import command
 from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
+from mc_runtime.options import GenerationOptions
+from mc_runtime.output_file import check_output, replace_file
+from mc_runtime.overlay import write_overlay
+from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.schedule_table import Schedule, forecast_schedule
+from mc_runtime.trace_report import describe, list_chunks, report_page, summarise
+from motioncache import DecisionTrace
 
 _PARITY_FILE = "reports/parity.json"
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 
 
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
+_DRAWING = "html", "overlay", "video", "overwrite"
+# The settings of a run that its schedule depends on, and what they are of.
+_SETTINGS = {
+    "num_inference_steps": "Denoising steps of every chunk.",
+    "flow_shift": "Of the noise levels, towards noise.",
+    "sigma_table": "Whose noise levels.",
+    "fps": "Frames per second.",
+    "num_frames": "Of the video; for a policy that decides row by row.",
+    "ar_step": "Steps a chunk lags behind the one before; as above.",
+    "causal_block_size": "Latent frames of a chunk; as above.",
+    "base_num_frames": "Frames of a window; as above.",
+    "overlap_history": "Frames that a window takes over; as above.",
+}
+
+
+def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add one option per setting, named and preset as in `GenerationOptions`; steps are --steps."""
+    for entry in reversed(fields(GenerationOptions)):
+        if entry.name in _SETTINGS:
+            choices = get_args(entry.type)
+            flag = entry.name.removeprefix("num_inference_").replace("_", "-")
+            function = click.option(
+                f"--{flag}",
+                entry.name,
+                type=click.Choice(choices) if choices else type(entry.default),
+                default=entry.default,
+                show_default=True,
+                help=_SETTINGS[entry.name],
+            )(function)
+    return function
+
+
 @command("mc-inspect")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Compare every file with its hash; list all faults.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest and its sums as JSON.")
-def main(bundle: Path, verify: bool, as_json: bool, quiet: bool) -> None:
-    """Show what BUNDLE holds; with --verify check that it is whole, and exit 1 if it is not."""
-    faults = find_faults(bundle) if verify else []
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON, in full.")
+@click.option("--policy", metavar="NAME[:PRESET]", help="Show the schedule of a coming run.")
+@click.option(
+    "--policy-option",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A setting of the policy; can be repeated.",
+)
+@click.option("--trace", type=_INPUT, help="Show what a run did; BUNDLE may be left out.")
+@click.option("--html", type=_FILE, help="Page to draw the trace on.")
+@click.option("--overlay", type=_FILE, help="mp4 to write: recomputed tokens over the video.")
+@click.option("--video", type=_INPUT, help="Of the traced run, if it is not where it was written.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@_setting_options
+@click.pass_context
+def main(
+    ctx: click.Context,
+    /,
+    bundle: Path | None,
+    verify: bool,
+    as_json: bool,
+    policy: str | None,
+    policy_option: tuple[str, ...],
+    trace: Path | None,
+    quiet: bool,
+    **values: Any,
+) -> None:
+    """Show what BUNDLE holds, with --policy a schedule, with --trace what a run did.
+
+    With --verify check that BUNDLE is whole, and exit 1 if it is not.
+    """
+    _check_usage(ctx)
+    if bundle is not None and verify:
+        _verify(bundle, as_json)
+    if trace is not None:
+        _show_trace(trace, bundle, as_json, quiet, **{name: values[name] for name in _DRAWING})
+    elif bundle is not None and policy is not None:
+        pipeline = VideoPipeline.from_bundle(bundle)
+        options = GenerationOptions(**{name: values[name] for name in _SETTINGS})
+        chosen = pipeline.find_policy(policy, policy_option)
+        _show_schedule(forecast_schedule(pipeline, chosen, options), as_json, quiet)
+    elif bundle is not None:
+        _show_bundle(Bundle.open(bundle), as_json, quiet)
+    if bundle is not None and verify and not (as_json or quiet):
+        count = len(Bundle.open(bundle).manifest.files)
+        click.echo(f"Verified: all {count} files are as the manifest says.")
+
+
+def _check_usage(ctx: click.Context) -> None:
+    """Refuse flags without the one that they belong to.
+
+    Raises:
+        click.UsageError: With the flag to add or to leave out.
+    """
+    given = {
+        name
+        for name in ctx.params
+        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+    }
+    if "bundle" not in given and ("trace" not in given or "verify" in given):
+        raise click.UsageError("Missing argument 'BUNDLE'. Name a bundle, or pass --trace alone.")
+    if {"trace", "policy"} <= given:
+        raise click.UsageError("--policy looks ahead, --trace back. Leave one of them out.")
+    flags = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    for needed, names in (("trace", _DRAWING), ("policy", ("policy_option", *_SETTINGS))):
+        alone = [flags[name] for name in names if name in given and needed not in given]
+        if alone:
+            raise click.UsageError(f"{alone[0]}: expected with --{needed}, got it alone. Add it.")
+
+
+def _verify(bundle: Path, as_json: bool) -> None:
+    """Check every file.
+
+    Raises:
+        BundleError: With all faults.
+    """
+    faults = find_faults(bundle)
     if faults:
         if as_json:
             _print_json({"path": str(bundle), "faults": faults})
         raise BundleError("\n".join([*faults, f"{bundle}: faults found: {len(faults)}."]))
-    opened = Bundle.open(bundle)
+
+
+def _show_bundle(bundle: Bundle, as_json: bool, quiet: bool) -> None:
     if as_json:
-        _print_json(_summary(opened))
+        _print_json(_summary(bundle))
     elif not quiet:
-        _show(opened)
-        if verify:
-            click.echo(
-                f"Verified: all {len(opened.manifest.files)} files are as the manifest says."
-            )
+        _show(bundle)
+
+
+def _show_schedule(schedule: Schedule, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        _print_json(schedule.to_json())
+    elif not quiet:
+        _console().print(_schedule_table(schedule))
+        totals = schedule.totals()
+        click.echo(
+            f"Of {totals['steps']} steps: {totals['full']} full, {totals['reuse']} reused, "
+            f"{totals['not_known']} not known before the run."
+        )
+    warning = schedule.warning()
+    if warning:
+        click.echo(warning, err=True)
+
+
+def _schedule_table(schedule: Schedule) -> Table:
+    by_row = schedule.unit == "row"
+    title = f"schedule of {schedule.policy.name}, " + (
+        "all chunks of a row together" if by_row else "the same for every chunk"
+    )
+    columns = ("timestep", "distance", "rescaled", "accumulated", "decision")
+    table = _table(title, *(["row"] if by_row else []), "step", *columns)
+    for line in schedule.lines:
+        table.add_row(*([str(line.row)] if by_row else []), *line.cells())
+    return table
+
+
+def _show_trace(
+    path: Path,
+    bundle: Path | None,
+    as_json: bool,
+    quiet: bool,
+    html: Path | None,
+    overlay: Path | None,
+    video: Path | None,
+    overwrite: bool,
+) -> None:
+    """Sum up a trace, and draw it where that is asked for.
+
+    Raises:
+        ValueError: It is no trace of a run, or of another bundle; or the video is missing.
+    """
+    trace = DecisionTrace.load(path)
+    _check_trace(path, trace, bundle)
+    for output in (html, overlay):
+        if output is not None:
+            check_output(output, overwrite)
+    recorded = trace.run.get("video")
+    if video is None and recorded is not None and Path(recorded).is_file():
+        video = Path(recorded)
+    if overlay is not None and video is None:
+        raise ValueError(
+            f"{path}: expected the video of the run, got {recorded or 'none'}, which is not there. "
+            "Pass --video FILE."
+        )
+    if html is not None:
+        page = report_page(trace, video)
+        with replace_file(html) as hidden:
+            hidden.write_text(page, encoding="utf-8")
+    if overlay is not None and video is not None:
+        write_overlay(trace, video, overlay)
+    summary = summarise(trace)
+    if as_json:
+        _print_json(summary)
+    elif not quiet:
+        console = _console()
+        console.print(_pair_table(str(path), describe(summary)))
+        heads, *chunks = list_chunks(summary)
+        table = _table("chunks", *heads)
+        for chunk in chunks:
+            table.add_row(*chunk)
+        console.print(table)
+
+
+def _check_trace(path: Path, trace: DecisionTrace, bundle: Path | None) -> None:
+    """Refuse masks that no run left, and the trace of another bundle.
+
+    Raises:
+        ValueError: With what is expected.
+    """
+    missing = [name for name in ("policy", "grid", "windows", "options") if name not in trace.run]
+    if missing:
+        raise ValueError(
+            f"{path}: expected the trace of a run, got one without {', '.join(missing)}. "
+            "Pass a file that mc-generate --trace wrote."
+        )
+    if bundle is None:
+        return
+    expected, found = Bundle.open(bundle).model_hash, str(trace.run.get("bundle"))
+    if found != expected:
+        raise ValueError(
+            f"{path}: expected a trace of the bundle {expected[:12]}, got one of {found[:12]}. "
+            "Name the bundle it was recorded with, or none."
+        )
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -83,14 +295,17 @@ def _read_parity(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _show(bundle: Bundle) -> None:
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    summary = _summary(bundle)
+    console, summary = _console(), _summary(bundle)
     console.print(_facts(bundle, summary))
     for spec in bundle.manifest.components.values():
         console.print(_component_table(bundle, spec, summary["weight_bytes"][spec.name]))
     if summary["parity"]:
         console.print(_parity_table(summary["parity"]))
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -99,8 +314,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _facts(bundle: Bundle, summary: dict[str, Any]) -> Table:
     manifest = bundle.manifest
-    table = Table(title=str(bundle.path), title_justify="left", box=None, show_header=False)
-    for name, value in (
+    facts = (
         ("family", manifest.family),
         ("model", manifest.model or "not a published configuration"),
         ("weights", manifest.weights_dtype),
@@ -110,8 +324,14 @@ def _facts(bundle: Bundle, summary: dict[str, Any]) -> Table:
         ("hash", bundle.hash),
         ("written by", f"motioncache {manifest.tool_version}"),
         *((part, _pairs(values)) for part, values in manifest.config.items()),
-    ):
-        table.add_row(name, value)
+    )
+    return _pair_table(str(bundle.path), dict(facts))
+
+
+def _pair_table(title: str, pairs: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    for pair in pairs.items():
+        table.add_row(*pair)
     return table
 
 

@@ -1,0 +1,262 @@
+"""The schedule of a run that has not begun, step by step, as far as motion does not decide it.
+
+On SkyReels-V2 the distances depend on the timesteps and the frame rate alone. So this opens the
+`timestep` component, no other, and follows the policy with `motioncache.forecast`. `mc-inspect
+--policy` prints what comes out.
+"""
+
+__all__ = ["Line", "Schedule", "forecast_schedule"]
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_engines.onnxruntime_runner import open_runner
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.sampler import sigma_table
+from mc_runtime.schedule import plan_windows, step_matrix, validate_options
+from mc_runtime.transformer import Transformer, TransformerConfig
+from motioncache import DistanceTable, Plan, Policy, RunShape
+from motioncache.config import switches
+from motioncache.distance import rescale
+from motioncache.forecast import forecast_chunk, forecast_window
+from motioncache.motion import MotionCacheConfig
+
+Decision = Literal["full", "reuse", "depends on motion"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A step that every chunk takes, or a row in which a policy decides for all its chunks.
+
+    Attributes:
+        row: Of the run, from 0; None where every chunk has the same schedule.
+        steps: The step, from 1; in a row, that of each chunk that is active in it.
+        timesteps: What the model is told in each of `steps`.
+        distance: Relative change of the modulation since the step or row before.
+        rescaled: Of the distance, below 0 where the polynomial is; None where it does not count.
+        accumulated: What is compared with the threshold; None where nothing is, or not known.
+        decision: What happens to the tokens. A chunk's first step is full in any case.
+    """
+
+    row: int | None
+    steps: tuple[int, ...]
+    timesteps: tuple[int, ...]
+    distance: float
+    rescaled: float | None
+    accumulated: float | None
+    decision: Decision
+
+    def decisions(self) -> list[Decision]:
+        """Return what happens to each chunk."""
+        return ["full" if step == 1 else self.decision for step in self.steps]
+
+    def cells(self) -> list[str]:
+        """Write every field but the row; chunks that are level with each other are named once."""
+        numbers = self.distance, self.rescaled, self.accumulated
+        starts = self.decision != "full" and 1 in self.steps
+        return [
+            *(" ".join(map(str, dict.fromkeys(each))) for each in (self.steps, self.timesteps)),
+            *("-" if number is None else f"{number:.4f}" for number in numbers),
+            self.decision + (", first step full" if starts else ""),
+        ]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is known of a run before it starts.
+
+    Attributes:
+        policy: That was followed.
+        options: Of the run.
+        lines: Of the steps of any chunk, or of the rows of the run.
+    """
+
+    policy: Policy
+    options: GenerationOptions
+    lines: tuple[Line, ...]
+
+    @property
+    def unit(self) -> str:
+        """What a line stands for."""
+        return "step" if self.policy.scope == "chunk" else "row"
+
+    def totals(self) -> dict[str, int]:
+        """Count the decisions on steps: of one chunk, or of all chunks where rows are decided."""
+        decisions = [decision for line in self.lines for decision in line.decisions()]
+        return {
+            "steps": len(decisions),
+            "full": decisions.count("full"),
+            "reuse": decisions.count("reuse"),
+            "not_known": decisions.count("depends on motion"),
+        }
+
+    def negative(self) -> list[int]:
+        """Return the steps, or rows, whose rescaled distance is negative."""
+        return [
+            line.steps[0] if line.row is None else line.row
+            for line in self.lines
+            if line.rescaled is not None and line.rescaled < 0
+        ]
+
+    def warning(self) -> str | None:
+        """Say which rescaled distances are negative, and what the policy makes of them."""
+        negative = self.negative()
+        if not negative:
+            return None
+        fate = "count as 0" if _clamps(self.policy) else "are subtracted from what accumulates"
+        return (
+            "coefficients: expected rescaled distances of 0 or more, got negative ones in "
+            f"{self.unit}s {_ranges(negative)}. They {fate}; run mc-calibrate to fit "
+            "coefficients to this bundle."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, ready for JSON."""
+        config = self.policy.config
+        return {
+            "policy": {
+                "name": self.policy.name,
+                "preset": self.policy.preset,
+                "config": None if config is None else asdict(config),
+            },
+            "options": asdict(self.options),
+            "lines": [asdict(line) for line in self.lines],
+            "totals": self.totals(),
+            "negative": self.negative(),
+        }
+
+
+def forecast_schedule(
+    pipeline: VideoPipeline, policy: Policy, options: GenerationOptions
+) -> Schedule:
+    """Follow a policy through a run without running it.
+
+    Args:
+        pipeline: Of the bundle; its transformer is not loaded.
+        policy: Decides.
+        options: Of the run.
+
+    Returns:
+        Its schedule: step by step for a policy that decides chunk by chunk, else row by row.
+
+    Raises:
+        ValueError: A setting cannot be generated, or the policy does not fit the run.
+        BundleError: The bundle has no timestep component.
+    """
+    validate_options(options, grid=pipeline.grid)
+    timesteps = sigma_table(options.num_inference_steps, options.flow_shift, options.sigma_table)[1]
+    table = _measure(pipeline, timesteps, options.fps)
+    follow = _follow_chunk if policy.scope == "chunk" else _follow_rows
+    return Schedule(policy, options, tuple(follow(pipeline, policy, options, timesteps, table)))
+
+
+def _measure(pipeline: VideoPipeline, timesteps: NDArray[np.int64], fps: int) -> DistanceTable:
+    """Compute the distances with a transformer that has no engine but the one for timesteps."""
+    runner = open_runner(pipeline.bundle, "timestep", "fp32", pipeline.threads)
+    config = TransformerConfig.from_manifest(pipeline.bundle.manifest.config["transformer"])
+    transformer = Transformer(config, {"timestep": runner}, runner, lambda _: {}, lambda _: {})
+    return DistanceTable.from_modulation(transformer.encode_timesteps(timesteps, fps).modulation)
+
+
+def _shapes(pipeline: VideoPipeline, options: GenerationOptions) -> Iterator[RunShape]:
+    """Each window as a run of its own; frames of one token, as nothing known depends on more."""
+    size, steps = options.causal_block_size, options.num_inference_steps
+    for plan in plan_windows(options, grid=pipeline.grid):
+        chunks, ready = plan.frames // size, plan.prefix // size
+        active = step_matrix(chunks, steps, options.ar_step, ready).update
+        yield RunShape(active, (0,), branches=1, frames=size, positions=1, steps=steps)
+
+
+def _follow_chunk(
+    pipeline: VideoPipeline,
+    policy: Policy,
+    options: GenerationOptions,
+    timesteps: NDArray[np.int64],
+    table: DistanceTable,
+) -> Iterator[Line]:
+    shape = next(_shapes(pipeline, options))
+    policy.check(shape)
+    known = {step.number: step for step in forecast_chunk(policy, shape, table)}
+    for number, timestep in enumerate(timesteps.tolist(), start=1):
+        distance = table.of_step(number - 1)
+        plan = known[number].plan if number in known else None
+        forced = number == shape.steps and _forces_last(policy)
+        decision = _decision(plan) if plan or not forced else "full"
+        yield Line(
+            None,
+            (number,),
+            (timestep,),
+            distance,
+            _rescaled(policy, distance, plan),
+            _accumulated(plan),
+            decision,
+        )
+
+
+def _follow_rows(
+    pipeline: VideoPipeline,
+    policy: Policy,
+    options: GenerationOptions,
+    timesteps: NDArray[np.int64],
+    table: DistanceTable,
+) -> Iterator[Line]:
+    before = 0
+    for shape in _shapes(pipeline, options):
+        policy.check(shape)
+        taken = np.cumsum(shape.active, axis=0)
+        for row, known in enumerate(forecast_window(policy, shape, table)):
+            steps = taken[row][shape.active[row]]
+            yield Line(
+                before + row,
+                tuple(steps.tolist()),
+                tuple(timesteps[steps - 1].tolist()),
+                known.distance,
+                _rescaled(policy, known.distance, known.plan),
+                _accumulated(known.plan),
+                _decision(known.plan),
+            )
+        before += len(shape.active)
+
+
+def _decision(plan: Plan | None) -> Decision:
+    """Before motion counts a plan is all or nothing."""
+    if plan is None:
+        return "depends on motion"
+    return "full" if plan.recompute.all() else "reuse"
+
+
+def _rescaled(policy: Policy, distance: float, plan: Plan | None) -> float | None:
+    """The polynomial's own value, also where the policy takes a negative one as 0."""
+    if plan is not None and math.isnan(plan.distance):
+        return None
+    return rescale(policy.config.coefficients, distance, clamp=False)
+
+
+def _accumulated(plan: Plan | None) -> float | None:
+    accumulated = math.nan if plan is None else float(np.mean(plan.accumulated))
+    return None if math.isnan(accumulated) else accumulated
+
+
+def _forces_last(policy: Policy) -> bool:
+    """Whether the last step is full whatever moves."""
+    config = policy.config
+    return isinstance(config, MotionCacheConfig) and switches(config.compat).force_last_step
+
+
+def _clamps(policy: Policy) -> bool:
+    """Whether a negative rescaled distance counts as 0; TeaCache has no choice of it."""
+    return switches(getattr(policy.config, "compat", "fixed")).clamp_distance
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write ascending numbers shortly: 3 to 7, 9."""
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    bounds = [[number for _, number in run] for _, run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in bounds)
