@@ -1,0 +1,400 @@
+"""`mc-calibrate`: measure a bundle, find the settings of a cache policy, store them as a preset.
+
+Neighbours: `calibration` measures, fits and searches; `add_files` replaces the manifest;
+`mc-generate --policy` uses the preset. The flags of the settings are those of `mc-generate`.
+"""
+
+__all__ = ["main"]
+
+import hashlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mc_engines.bundle_additions import add_files
+from mc_engines.command import command
+from mc_engines.errors import BundleError, require
+from mc_engines.manifest import Manifest
+from mc_runtime.calibration import (
+    MIN_STEPS,
+    Fit,
+    Reference,
+    Samples,
+    fit_rescaling,
+    join_samples,
+    measure_r_squared,
+    record_changes,
+)
+from mc_runtime.display import Display
+from mc_runtime.generate_cli import setting_options
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.run_record import record_run
+from mc_runtime.text import encode_prompt
+from mc_runtime.threshold_search import (
+    Target,
+    Trial,
+    bound_threshold,
+    measure_trial,
+    search_threshold,
+)
+from motioncache import Policy, Preset, make_policy
+from motioncache.options import parse_options
+from motioncache.presets import POLICIES
+
+# What moves slowly, fast, hardly, and everywhere at once.
+PROMPTS = (
+    "A red ball rolls slowly across a wooden table.",
+    "Waves break against rocks under a grey sky.",
+    "A cat sits on a window sill and turns its head.",
+    "Cars drive along a busy street at night in the rain.",
+    "A woman walks through a field of tall grass.",
+    "Snow falls on a quiet mountain village.",
+)
+_DEFAULT_TARGET = Target("speedup", 2.0)
+_LOW_R_SQUARED = 0.5
+_SETTLED = "threshold", "coefficients"  # what is measured and searched
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be calibrated; `runs` has the arguments of one run per prompt."""
+
+    pipeline: VideoPipeline
+    runs: Sequence[Mapping[str, Any]]
+    policy: str
+    policy_options: Mapping[str, Any]
+    target: Target
+    key: str
+    quiet: bool
+    say: Callable[[str], None]
+
+    @property
+    def options(self) -> GenerationOptions:
+        """Of the runs, with the first seed."""
+        options: GenerationOptions = self.runs[0]["options"]
+        return options
+
+    @property
+    def warmup_steps(self) -> int:
+        """Of the policy: its last step that is computed in full."""
+        warmup_steps: int = self.make_policy(0.0, (1.0, 0.0)).config.warmup_steps
+        return warmup_steps
+
+    def make_policy(self, threshold: float, coefficients: tuple[float, ...]) -> Policy:
+        """Bind a threshold and coefficients."""
+        settled = {"threshold": threshold, "coefficients": coefficients}
+        return make_policy(self.policy, {**self.policy_options, **settled})
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a calibration found; `r_squared` is that on the runs that were not fitted."""
+
+    fit: Fit
+    r_squared: float
+    best: Trial
+
+
+@command("mc-calibrate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Text file, a prompt per line; empty lines and those with # are left out. "
+    f"Default: {len(PROMPTS)} plain sentences.",
+)
+@click.option("--target-psnr", type=float, help="dB against the uncached frames; needs a VAE.")
+@click.option(
+    "--target-speedup",
+    type=float,
+    help="Times fewer operations of the denoising, computed from the traces. "
+    f"Default: {_DEFAULT_TARGET.value:g}.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice([name for name in POLICIES if name != "none"]),
+    default="motioncache",
+    show_default=True,
+    help="The policy to calibrate.",
+)
+@click.option(
+    "--policy-option",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A setting that the preset is to have; can be repeated.",
+)
+@click.option("--name", default="calibrated", show_default=True, help="Of the preset.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
+@click.option("--overwrite", is_flag=True, help="Replace a preset of that name.")
+@setting_options
+def main(
+    bundle: Path,
+    prompts: Path | None,
+    target_psnr: float | None,
+    target_speedup: float | None,
+    policy: str,
+    policy_option: tuple[str, ...],
+    name: str,
+    threads: int | None,
+    overwrite: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Find the settings of a cache policy for BUNDLE by running it, and store them as a preset.
+
+    Every prompt is generated once without a cache: half of them to fit how much the model's output
+    changes from step to step, half to try up to ten thresholds on. Choose a small --height,
+    --width and --num-frames: at the size of a published model a CPU would take days. Keep the
+    --num-inference-steps of the runs that the preset is for.
+    """
+    target = _choose_target(target_psnr, target_speedup)
+    texts = PROMPTS if prompts is None else read_prompts(prompts)
+    pipeline = VideoPipeline.from_bundle(bundle, threads)
+    key = _check_preset(pipeline, policy, name, overwrite)
+    options = _parse_policy_options(policy, policy_option)
+    decode = _check_frames(pipeline, target)
+    say: Callable[[str], None] = (lambda _: None) if quiet else partial(click.echo, err=True)
+    runs = _encode_prompts(pipeline, texts, GenerationOptions(**settings), decode, say)
+    job = _Job(pipeline, runs, policy, options, target, key, quiet, say)
+    _check_runs(job)
+    result = _calibrate(job)
+    preset = _make_preset(job, texts, result)
+    add_files(bundle, {}, partial(_store, preset))
+    click.echo(f"Use it: {_command_line(job, preset)}")
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read the prompts of a file.
+
+    Args:
+        path: One per line; empty lines and those that begin with # are left out.
+
+    Returns:
+        The prompts, each once.
+
+    Raises:
+        ValueError: There are less than two, or it is no text.
+    """
+    try:
+        lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected a text file in UTF-8, got: {error}. Write one prompt per line."
+        ) from error
+    prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{path}: expected at least 2 different prompts, one per line, got {len(prompts)}. "
+            "Half of them are for the fit, half for the search."
+        )
+    return prompts
+
+
+def _choose_target(psnr: float | None, speedup: float | None) -> Target:
+    if psnr is not None and speedup is not None:
+        raise click.UsageError("--target-psnr and --target-speedup: give one of them.")
+    if psnr is not None:
+        if not 0 < psnr < np.inf:
+            raise ValueError(f"target PSNR: expected more than 0 dB, got {psnr:g}. Try 30.")
+        return Target("psnr", psnr)
+    if speedup is None:
+        return _DEFAULT_TARGET
+    if not 1 < speedup < np.inf:
+        raise ValueError(f"target speed-up: expected more than 1, got {speedup:g}. Try 2.")
+    return Target("speedup", speedup)
+
+
+def _check_preset(pipeline: VideoPipeline, policy: str, name: str, overwrite: bool) -> str:
+    """Refuse a preset that could not be stored in the end; return its key."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"name: expected letters, digits, '_', '-' and '.', got '{name}'. Choose another name."
+        )
+    bundle, key = pipeline.bundle, f"{policy}:{name}"
+    if key in bundle.manifest.presets and not overwrite:
+        raise ValueError(
+            f"{bundle.path}: expected no preset {key}, got one. "
+            "Replace it with --overwrite, or choose another --name."
+        )
+    if not os.access(bundle.path, os.W_OK):
+        raise BundleError(
+            f"{bundle.path}: expected a folder that can be written, got a read-only one. "
+            "Calibrate a copy of the bundle."
+        )
+    return key
+
+
+def _parse_policy_options(policy: str, pairs: Sequence[str]) -> dict[str, Any]:
+    options = parse_options(POLICIES[policy].config_type, pairs)
+    for field in _SETTLED:
+        if field in options:
+            raise ValueError(
+                f"policy option {field}: expected none, as mc-calibrate finds it, got one. "
+                "Leave it out."
+            )
+    return options
+
+
+def _check_frames(pipeline: VideoPipeline, target: Target) -> bool:
+    """Say whether runs have frames to compare, and refuse a PSNR without them."""
+    bundle = pipeline.bundle
+    if "vae" in bundle.manifest.config:
+        require("skimage.metrics", "bench")
+        return True
+    if target.metric == "psnr":
+        raise ValueError(
+            f"target PSNR: expected a bundle with a VAE, got {bundle.path} without one. "
+            "Use --target-speedup, or export from a checkpoint that has a VAE."
+        )
+    return False
+
+
+def _encode_prompts(
+    pipeline: VideoPipeline,
+    texts: Sequence[str],
+    options: GenerationOptions,
+    decode: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Make the arguments of one run per prompt, each with a seed of its own."""
+    encoder = pipeline.text_encoder
+    limit = int(pipeline.bundle.manifest.config["text_encoder"]["max_tokens"])
+    shared: dict[str, Any] = {"decode": decode}
+    if options.guidance_scale > 1:
+        shared["negative_prompt_embeds"] = encode_prompt("", encoder, limit).embedding
+    runs = []
+    for number, text in enumerate(texts):
+        encoded = encode_prompt(text, encoder, limit)
+        if encoded.cut:
+            say(f"prompt {number + 1}: the last {encoded.cut} tokens were cut.")
+        seeded = replace(options, seed=options.seed + number)
+        runs.append({"prompt_embeds": encoded.embedding, "options": seeded, **shared})
+    return runs
+
+
+def _check_runs(job: _Job) -> None:
+    """Refuse settings that do not fit the bundle or the policy; nothing is computed yet."""
+    job.pipeline.generate(**job.runs[0], policy=job.make_policy(0.0, (1.0, 0.0)))
+    steps, least = job.options.num_inference_steps, job.warmup_steps + 1 + MIN_STEPS
+    if steps < least:
+        raise ValueError(
+            f"num_inference_steps: expected at least {least}, {MIN_STEPS} more than the warm-up "
+            f"computes in full, got {steps}. Raise it or lower warmup_steps."
+        )
+
+
+def _calibrate(job: _Job) -> _Result:
+    """Fit on the runs of one half, search on those of the other, and print both."""
+    fitted: list[Samples] = []
+    references: list[Reference] = []
+    for number in range(len(job.runs)):
+        reference = _record(job, number)
+        if number % 2:
+            references.append(reference)
+        else:  # its frames need not be kept
+            fitted.append(reference.samples)
+    fit = fit_rescaling(join_samples(fitted).after(job.warmup_steps))
+    others = join_samples([reference.samples for reference in references]).after(job.warmup_steps)
+    r_squared = measure_r_squared(fit.coefficients, others)
+    click.echo(
+        f"Fit: degree {fit.degree}, R-squared {fit.r_squared:.3f} on {len(fitted)} runs, "
+        f"{r_squared:.3f} on {len(references)} others."
+    )
+    if min(fit.r_squared, r_squared) < _LOW_R_SQUARED:
+        job.say(
+            "How far the timestep moves says little about how much this model's output changes: "
+            "the policy will hardly do better than reuse at fixed intervals."
+        )
+    return _Result(fit, r_squared, _search(job, fit, references))
+
+
+def _record(job: _Job, number: int) -> Reference:
+    purpose = "search" if number % 2 else "fit"
+    job.say(f"Uncached run {number + 1} of {len(job.runs)}, for the {purpose}")
+    with Display(job.quiet) as display:
+        return record_changes(job.pipeline, job.runs[number], display.advance)
+
+
+def _search(job: _Job, fit: Fit, references: Sequence[Reference]) -> Trial:
+    """Search the threshold, and print a line per trial."""
+    click.echo(f"{'threshold':>11}{'speed-up':>10}{'wall ratio':>12}{'PSNR':>11}")
+
+    def evaluate(threshold: float) -> Trial:
+        policy = job.make_policy(threshold, fit.coefficients)
+        with Display(job.quiet) as display:
+            trial = measure_trial(job.pipeline, policy, references, display.advance)
+        click.echo(_row(trial))
+        return trial
+
+    any_threshold = job.make_policy(0.0, fit.coefficients)
+    bound = bound_threshold(job.pipeline, job.options, any_threshold, fit)
+    best, _ = search_threshold(evaluate, job.target, bound)
+    click.echo(f"{_row(best)}  kept")
+    return best
+
+
+def _row(trial: Trial) -> str:
+    psnr = {None: "", np.inf: "identical"}.get(trial.psnr, f"{trial.psnr or 0:.2f} dB")
+    return f"{trial.threshold:>11g}{trial.speedup:>10.2f}{trial.wall_ratio:>12.2f}{psnr:>11}"
+
+
+def _make_preset(job: _Job, texts: Sequence[str], result: _Result) -> Preset:
+    """The settings, with where they come from."""
+    best, policy = result.best, job.make_policy(result.best.threshold, result.fit.coefficients)
+    reached = {
+        "psnr": None if best.psnr in (None, np.inf) else best.psnr,
+        "flops_speedup": best.speedup,
+        "wall_ratio": best.wall_ratio,
+    }
+    return Preset(
+        job.policy,
+        job.key.partition(":")[2],
+        asdict(policy.config),
+        "calibrated",
+        _describe_source(job, texts, result, policy),
+        family=job.pipeline.bundle.manifest.family,
+        reached=reached,
+    )
+
+
+def _describe_source(job: _Job, texts: Sequence[str], result: _Result, policy: Policy) -> str:
+    """Everything it takes to judge the preset, or to make it again."""
+    pipeline, options = job.pipeline, job.options
+    record = record_run(pipeline.bundle, options, {}, {}, pipeline.threads, policy, [], False)
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return "; ".join(
+        (
+            shlex.join(["mc-calibrate", *sys.argv[1:]]),
+            f"{datetime.now(UTC):%Y-%m-%d}",
+            ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+            f"model {record['bundle']['hash']}",
+            f"{len(texts)} prompts, sha256 {digest}",
+            f"seeds {options.seed} to {options.seed + len(texts) - 1}, every other one for the fit",
+            ", ".join(f"{key} {value}" for key, value in asdict(options).items() if key != "seed"),
+            f"degree {result.fit.degree}, R-squared {result.fit.r_squared:.4f}, "
+            f"on other prompts {result.r_squared:.4f}",
+        )
+    )
+
+
+def _store(preset: Preset, manifest: Manifest) -> Manifest:
+    return replace(manifest, presets={**manifest.presets, preset.key: preset.to_json()})
+
+
+def _command_line(job: _Job, preset: Preset) -> str:
+    """A line that uses the preset, with as many steps as it was made for."""
+    steps = str(job.options.num_inference_steps)
+    line = ["mc-generate", str(job.pipeline.bundle.path), "--policy", preset.key]
+    return shlex.join([*line, "--num-inference-steps", steps, "--prompt", "...", "-o", "video.mp4"])

@@ -1,0 +1,259 @@
+"""Fitting the rescaling of a cache policy to a bundle, on uncached runs of it.
+
+`record_changes` measures how much the block output of every chunk changes from step to step,
+`fit_rescaling` predicts that from the change of the modulation. Neighbours: `mc-calibrate` runs
+both and then `search_threshold`; `motioncache.distance.rescale` evaluates the polynomial in every
+run with the preset.
+"""
+
+__all__ = [
+    "MAX_DEGREE",
+    "MIN_STEPS",
+    "Fit",
+    "Reference",
+    "Samples",
+    "find_distances",
+    "fit_rescaling",
+    "join_samples",
+    "measure_r_squared",
+    "plan_steps",
+    "record_changes",
+]
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.polynomial import Polynomial
+from numpy.typing import NDArray
+
+from mc_engines.runner import Array, Arrays, Runner
+from mc_engines.specs import GraphSpec
+from mc_runtime.flops import plan_job
+from mc_runtime.generation import Progress
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import Video, VideoPipeline
+from mc_runtime.sampler import sampler_table
+from mc_runtime.schedule import StepMatrix
+from motioncache import DistanceTable, none
+
+MAX_DEGREE = 4  # of the published polynomials
+MIN_STEPS = 3  # with different distances: a line, and one to judge it by
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How the modulation and the block output of chunks changed from one step to the next.
+
+    Attributes:
+        step: From 0, so at least 1; shape (n,), int64.
+        distance: Relative change of the modulation, shape (n,), float64.
+        change: mean |h_s - h_(s-1)| / mean |h_(s-1)| of a chunk's block output h in one guidance
+            branch, shape (n,), float64.
+    """
+
+    step: NDArray[np.int64]
+    distance: NDArray[np.float64]
+    change: NDArray[np.float64]
+
+    def after(self, step: int) -> "Samples":
+        """Return those of later steps, such as the steps after a warm-up."""
+        later = self.step > step
+        return Samples(self.step[later], self.distance[later], self.change[later])
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """Put the samples of several runs together."""
+    return Samples(
+        np.concatenate([part.step for part in parts]),
+        np.concatenate([part.distance for part in parts]),
+        np.concatenate([part.change for part in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An uncached run, and what a run with a policy needs to be compared with it.
+
+    Attributes:
+        inputs: Arguments of `VideoPipeline.run`, `options` among them.
+        video: What it gave. Its trace's time includes that of measuring the changes, one look at
+            the output per step.
+        samples: What changed.
+    """
+
+    inputs: Mapping[str, Any]
+    video: Video
+    samples: Samples
+
+
+def record_changes(
+    pipeline: VideoPipeline,
+    inputs: Mapping[str, Any],
+    callback: Callable[[Progress], None] = lambda _: None,
+) -> Reference:
+    """Generate without a cache and measure how much changes from step to step.
+
+    Args:
+        pipeline: Of the bundle.
+        inputs: Arguments of `VideoPipeline.run`, with `options` and without a video to continue.
+        callback: Called after every row of the schedule.
+
+    Returns:
+        The run, with a sample per step but the first, chunk and guidance branch.
+
+    Raises:
+        ValueError: A setting or an input that cannot be generated from.
+        EngineError: An engine failed, or computed NaN.
+    """
+    options: GenerationOptions = inputs["options"]
+    transformer = pipeline.transformer
+    calls = _head_calls(plan_steps(pipeline, options), 2 if options.guidance_scale > 1 else 1)
+    recorder = _Recorder(transformer.runners["head"], calls)
+    observed = copy(pipeline)  # shares every engine that is already open
+    observed.transformer = replace(transformer, runners={**transformer.runners, "head": recorder})
+    # The policy itself, not its name: looking one up would read the presets of the bundle, and a
+    # damaged one could not be replaced.
+    video = observed.run(**inputs, policy=none(), callback=callback)
+    steps = np.array(recorder.steps, np.int64)
+    table = find_distances(pipeline, options)
+    distances = np.array([table.of_step(step) for step in recorder.steps])
+    return Reference(inputs, video, Samples(steps, distances, np.array(recorder.changes)))
+
+
+class _Recorder:
+    """The head, whose input is the block output of a step: measures how that changes.
+
+    Args:
+        runner: The head.
+        calls: Guidance branch, chunk and step from 0 of every call, in the order of the loop.
+    """
+
+    def __init__(self, runner: Runner, calls: Iterator[tuple[int, int, int]]) -> None:
+        self.graph: GraphSpec = runner.graph
+        self.steps: list[int] = []
+        self.changes: list[float] = []
+        self._runner, self._calls = runner, calls
+        self._last: dict[tuple[int, int], Array] = {}
+
+    def run(self, inputs: Arrays, weights: Arrays | None = None) -> dict[str, Array]:
+        branch, chunk, step = next(self._calls)
+        out = inputs["out"]
+        if step:
+            before = self._last[branch, chunk]
+            change = np.abs(out - before).mean(dtype=np.float64)
+            self.steps.append(step)
+            self.changes.append(float(change / np.abs(before).mean(dtype=np.float64)))
+        self._last[branch, chunk] = out
+        return self._runner.run(inputs, weights)
+
+
+def _head_calls(matrices: Sequence[StepMatrix], branches: int) -> Iterator[tuple[int, int, int]]:
+    """Branch, chunk and step from 0 in the order in which `denoise_window` calls the head."""
+    for matrix in matrices:
+        for step, update in zip(matrix.step, matrix.update, strict=True):
+            for chunk in np.flatnonzero(update).tolist():
+                for branch in range(branches):
+                    yield branch, chunk, int(step[chunk]) - 1
+
+
+def plan_steps(pipeline: VideoPipeline, options: GenerationOptions) -> tuple[StepMatrix, ...]:
+    """Return which chunk takes which step in which row, window by window."""
+    return plan_job(options, (), grid=pipeline.grid).matrices
+
+
+def find_distances(pipeline: VideoPipeline, options: GenerationOptions) -> DistanceTable:
+    """Measure the change of the modulation from step to step, as `denoise` gives it to a policy."""
+    table = sampler_table(
+        options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
+    )
+    conditions = pipeline.transformer.encode_timesteps(table.timesteps, options.fps)
+    return DistanceTable.from_modulation(conditions.modulation)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A polynomial that predicts the change of the output from that of the modulation.
+
+    Attributes:
+        coefficients: Highest power first.
+        r_squared: On the samples of the fit.
+    """
+
+    coefficients: tuple[float, ...]
+    r_squared: float
+
+    @property
+    def degree(self) -> int:
+        """Of the polynomial."""
+        return len(self.coefficients) - 1
+
+
+def fit_rescaling(samples: Samples) -> Fit:
+    """Fit the polynomial of least squares whose degree the data can carry.
+
+    The degree is 1 to 4. Each distance but the smallest and the greatest, beyond which a
+    polynomial is not asked, is left out in turn and predicted from the others; the lowest degree
+    is taken whose mean squared error is within one standard error of the best degree's.
+
+    Args:
+        samples: Of several runs.
+
+    Returns:
+        The polynomial, fitted on all samples.
+
+    Raises:
+        ValueError: The samples have less than three different distances.
+
+    Source:
+        TeaCache (arXiv 2411.19108), section 3.3, for the idea. One standard error: Breiman et al.,
+        Classification and Regression Trees (1984), section 3.4.3.
+    """
+    distances = np.unique(samples.distance)
+    if len(distances) < MIN_STEPS:
+        raise ValueError(
+            f"fit: expected at least {MIN_STEPS} steps with different distances after the "
+            f"warm-up, got {len(distances)}. Raise num_inference_steps, or lower warmup_steps."
+        )
+    degrees = range(1, min(MAX_DEGREE, len(distances) - 2) + 1)
+    errors = np.array(
+        [
+            [_predict_left_out(samples, left, degree) for left in distances[1:-1]]
+            for degree in degrees
+        ]
+    )
+    means = errors.mean(axis=1)
+    best = int(means.argmin())
+    limit = means[best] + errors[best].std() / np.sqrt(errors.shape[1])
+    coefficients = _fit(samples.distance, samples.change, degrees[int((means <= limit).argmax())])
+    return Fit(coefficients, measure_r_squared(coefficients, samples))
+
+
+def _predict_left_out(samples: Samples, left_out: float, degree: int) -> float:
+    """Mean squared error at a distance, predicted from all others."""
+    out = samples.distance == left_out
+    coefficients = _fit(samples.distance[~out], samples.change[~out], degree)
+    return float(np.mean((samples.change[out] - np.polyval(coefficients, left_out)) ** 2))
+
+
+def _fit(x: NDArray[np.float64], y: NDArray[np.float64], degree: int) -> tuple[float, ...]:
+    """Coefficients, highest power first; fitted with x scaled to -1 to 1, where it is accurate."""
+    return tuple(Polynomial.fit(x, y, degree).convert().coef[::-1].tolist())
+
+
+def measure_r_squared(coefficients: Sequence[float], samples: Samples) -> float:
+    """Say which share of the variance of the changes a polynomial explains.
+
+    Args:
+        coefficients: Highest power first.
+        samples: Those of the fit, or others.
+
+    Returns:
+        1 - sum (y - p(x))^2 / sum (y - mean y)^2: at most 1, below 0 where the mean predicts
+        better, and 0 where no change differs from another.
+    """
+    residual = samples.change - np.polyval(coefficients, samples.distance)
+    spread = ((samples.change - samples.change.mean()) ** 2).sum()
+    return float(1 - (residual**2).sum() / spread) if spread else 0.0

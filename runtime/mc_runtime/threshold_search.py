@@ -1,0 +1,215 @@
+"""Finding the threshold of a cache policy that reaches a PSNR or a speed-up on a bundle.
+
+Neighbours: `mc-calibrate` makes a polynomial by `fit_rescaling`, then calls `search_threshold`,
+which tries thresholds by `measure_trial` on the uncached runs of `record_changes`.
+"""
+
+__all__ = ["Target", "Trial", "bound_threshold", "measure_trial", "search_threshold"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mc_runtime.calibration import Fit, Reference, find_distances, plan_steps
+from mc_runtime.fidelity import compare_videos
+from mc_runtime.flops import ModelFlops, count_work
+from mc_runtime.generation import Progress
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
+from motioncache import DecisionTrace, Policy
+from motioncache.distance import rescale
+
+SEARCH_TRIALS = 10  # resolve a five-hundredth of the range of thresholds
+_DIGITS = 4  # significant ones of a threshold
+
+
+def bound_threshold(
+    pipeline: VideoPipeline, options: GenerationOptions, policy: Policy, fit: Fit
+) -> float:
+    """Return a threshold that no accumulated distance reaches, and not much more.
+
+    Args:
+        pipeline: Of the bundle.
+        options: Of the runs.
+        policy: Of these coefficients, with any threshold.
+        fit: The coefficients.
+
+    Returns:
+        The rescaled distances after the warm-up, added up over the steps of a chunk, or over the
+        rows of a window where the policy decides row by row; the greatest of the windows.
+    """
+    table = find_distances(pipeline, options)
+    if policy.scope == "chunk":
+        distances = [[table.of_step(step) for step in range(options.num_inference_steps)]]
+    else:
+        distances = [
+            [
+                table.of_row((step[update] - 1).tolist())
+                for step, update in zip(matrix.step, matrix.update, strict=True)
+            ]
+            for matrix in plan_steps(pipeline, options)
+        ]
+    first = policy.config.warmup_steps + 1
+    totals = [
+        sum(rescale(fit.coefficients, distance, clamp=True) for distance in window[first:])
+        for window in distances
+    ]
+    return _round(1.01 * max(totals))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a threshold reached.
+
+    Attributes:
+        threshold: Of the policy.
+        speedup: Operations of the uncached runs over those of the policy's.
+        wall_ratio: The same of the times of denoising.
+        psnr: Mean over the runs, in dB; infinite if all are equal to the uncached ones, None
+            without frames.
+    """
+
+    threshold: float
+    speedup: float
+    wall_ratio: float
+    psnr: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached: a PSNR with the highest speed-up, or a speed-up with least change.
+
+    Attributes:
+        metric: `psnr` or `speedup`.
+        value: At least; dB, or times.
+    """
+
+    metric: Literal["psnr", "speedup"]
+    value: float
+
+    def is_met(self, trial: Trial) -> bool:
+        """Say whether a trial reached it; a PSNR counts only where work is saved."""
+        if self.metric == "speedup":
+            return trial.speedup >= self.value
+        return self._keeps(trial) and trial.speedup > 1
+
+    def _keeps(self, trial: Trial) -> bool:
+        return trial.psnr is not None and trial.psnr >= self.value
+
+    def allows_less(self, trial: Trial) -> bool:
+        """Say whether the threshold looked for is below that of a trial, or is that one."""
+        return not self._keeps(trial) if self.metric == "psnr" else self.is_met(trial)
+
+
+def search_threshold(
+    evaluate: Callable[[float], Trial], target: Target, bound: float
+) -> tuple[Trial, list[Trial]]:
+    """Find the threshold that reaches a target, by bisection.
+
+    Threshold 0 recomputes everything, so only the bound is tried before halving. A higher
+    threshold saves more work and changes more, as a rule; where it does not, the best trial that
+    reached the target still counts.
+
+    Args:
+        evaluate: Tries a threshold; called at most ten times.
+        target: What is to be reached.
+        bound: Threshold at which nothing is recomputed that need not be.
+
+    Returns:
+        The best trial, and all of them in their order.
+
+    Raises:
+        ValueError: No trial reached the target; the message says what was reached.
+    """
+    trials = [evaluate(bound)]
+    low, high = 0.0, bound
+    while len(trials) < SEARCH_TRIALS and target.allows_less(trials[0]):
+        trials.append(evaluate(_round((low + high) / 2)))
+        if target.allows_less(trials[-1]):
+            high = trials[-1].threshold
+        else:
+            low = trials[-1].threshold
+    met = [trial for trial in trials if target.is_met(trial)]
+    if not met:
+        raise ValueError(_describe_miss(target, trials))
+    if target.metric == "speedup":
+        return min(met, key=lambda trial: trial.threshold), trials
+    return max(met, key=lambda trial: trial.speedup), trials
+
+
+def _describe_miss(target: Target, trials: Sequence[Trial]) -> str:
+    if target.metric == "speedup":
+        most = max(trials, key=lambda trial: trial.speedup)
+        return (
+            f"target speed-up: expected {target.value:g}, got at most {most.speedup:.2f} with "
+            f"threshold {most.threshold:g}. Lower the target or warmup_steps, or raise "
+            "num_inference_steps."
+        )
+    saving = [trial for trial in trials if trial.speedup > 1] or trials
+    nearest = max(saving, key=lambda trial: trial.psnr or 0.0)
+    return (
+        f"target PSNR: expected {target.value:g} dB with some work saved, got at most "
+        f"{nearest.psnr or 0.0:.2f} dB with threshold {nearest.threshold:g}, speed-up "
+        f"{nearest.speedup:.2f}. Lower the target, or raise warmup_steps or num_inference_steps."
+    )
+
+
+def _round(value: float) -> float:
+    """Keep as many digits as a preset is to show."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def measure_trial(
+    pipeline: VideoPipeline,
+    policy: Policy,
+    references: Sequence[Reference],
+    callback: Callable[[Progress], None] = lambda _: None,
+) -> Trial:
+    """Run a policy on the inputs of uncached runs and compare.
+
+    Args:
+        pipeline: Of the bundle.
+        policy: With the threshold to try.
+        references: Uncached runs, with frames or without.
+        callback: Called after every row of a schedule.
+
+    Returns:
+        Speed-up and wall ratio over all runs together, and the mean of their PSNR. The operations
+        are those of the denoising, computed from the traces.
+
+    Raises:
+        ValueError: The policy does not fit the runs.
+        EngineError: An engine failed, or computed NaN.
+    """
+    flops = ModelFlops.from_manifest(pipeline.bundle.manifest.config["transformer"])
+    psnr: list[float] = []
+    traces: list[DecisionTrace] = []
+    for reference in references:
+        video = pipeline.run(**reference.inputs, policy=policy, callback=callback)
+        traces.append(video.trace)
+        if video.frames is not None and reference.video.frames is not None:
+            score = compare_videos(reference.video.frames, video.frames).video.whole.psnr
+            psnr.append(np.inf if score is None else score)
+    before = [reference.video.trace for reference in references]
+    work, time = (
+        [sum(map(measure, runs)) for runs in (before, traces)]
+        for measure in (lambda trace: count_work(flops, trace, padded=True).total, _milliseconds)
+    )
+    return Trial(
+        policy.config.threshold,
+        work[0] / work[1],
+        time[0] / time[1],
+        _mean_psnr(psnr) if psnr else None,
+    )
+
+
+def _milliseconds(trace: DecisionTrace) -> float:
+    return float(trace.engine_ms.sum(dtype=np.float64) + trace.host_ms.sum(dtype=np.float64))
+
+
+def _mean_psnr(values: Sequence[float]) -> float:
+    """Over the runs that differ from the uncached ones; infinite if none does."""
+    differing = [value for value in values if value < np.inf]
+    return sum(differing) / len(differing) if differing else np.inf

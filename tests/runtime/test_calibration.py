@@ -1,0 +1,285 @@
+"""Calibration: what is measured, against a loop over captured outputs; the fit, against numpy's;
+the search, on functions whose answer is known.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mc_runtime.calibration import (
+    Fit,
+    Samples,
+    fit_rescaling,
+    join_samples,
+    measure_r_squared,
+    record_changes,
+)
+from mc_runtime.flops import ModelFlops, count_work
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.sampler import sampler_table
+from mc_runtime.threshold_search import (
+    Target,
+    Trial,
+    bound_threshold,
+    measure_trial,
+    search_threshold,
+)
+from motioncache import make_policy
+
+OPTIONS = GenerationOptions(
+    num_frames=37, base_num_frames=37, height=32, width=32, num_inference_steps=6, ar_step=2
+)
+PUBLISHED = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2)
+
+
+def draw_inputs(options, seed=0, decode=False):
+    draw = np.random.default_rng(seed)
+    embeds = {"prompt_embeds": draw.standard_normal((1, 7, 48), np.float32)}
+    if options.guidance_scale > 1:
+        embeds["negative_prompt_embeds"] = draw.standard_normal((1, 5, 48), np.float32)
+    return {"options": replace(options, seed=seed), "decode": decode, **embeds}
+
+
+class Capture:
+    """Keeps every input of a runner."""
+
+    def __init__(self, runner):
+        self.runner, self.graph, self.outs = runner, runner.graph, []
+
+    def run(self, inputs, weights=None):
+        self.outs.append(inputs["out"].copy())
+        return self.runner.run(inputs, weights)
+
+
+def capture_outputs(pipeline, inputs):
+    """Run once more with all block outputs kept: the trace, and an output per call of the head."""
+    other = VideoPipeline(pipeline.bundle, threads=1)
+    capture = Capture(pipeline.transformer.runners["head"])
+    runners = {**pipeline.transformer.runners, "head": capture}
+    other.transformer = replace(pipeline.transformer, runners=runners)
+    return other.run(**inputs).trace, capture.outs
+
+
+@pytest.mark.parametrize(
+    ("frames", "guidance"), [(37, 6.0), (57, 1.0)], ids=["one window", "two windows, one branch"]
+)
+def test_changes_are_those_of_the_captured_outputs(tiny, frames, guidance):
+    options = replace(OPTIONS, num_frames=frames, guidance_scale=guidance)
+    inputs = draw_inputs(options)
+    reference = record_changes(tiny, inputs)
+    trace, outs = capture_outputs(tiny, inputs)
+    timesteps = sampler_table(6, 8.0, "diffusers", "aliased").timesteps
+    e0 = tiny.transformer.encode_timesteps(timesteps, 24).modulation.astype(np.float64)
+    branches, calls, before, expected = trace.recompute.shape[1], iter(outs), {}, []
+    for row, steps in enumerate(trace.step):
+        if row in trace.window_start:
+            before = {}
+        for chunk, step in enumerate(steps):
+            for branch in range(branches if step else 0):
+                out = next(calls)
+                if step > 1:
+                    now, last = e0[step - 1], e0[step - 2]
+                    x = np.abs(now - last).mean() / np.abs(last).mean()
+                    last = before[chunk, branch]
+                    expected.append((step - 1, x, np.abs(out - last).mean() / np.abs(last).mean()))
+                before[chunk, branch] = out
+    step, x, y = zip(*expected, strict=True)
+    assert next(calls, None) is None
+    assert len(step) == (6 - 1) * branches * (frames + 3) // 20
+    assert reference.samples.step.tolist() == list(step)
+    np.testing.assert_allclose(reference.samples.distance, x, rtol=1e-6)
+    np.testing.assert_allclose(reference.samples.change, y, rtol=1e-5)
+    assert len(np.unique(reference.samples.change)) == len(y)
+
+
+def test_measuring_changes_neither_the_run_nor_the_pipeline(tiny):
+    inputs = draw_inputs(OPTIONS)
+    transformer = tiny.transformer
+    video = record_changes(tiny, inputs).video
+    assert tiny.transformer is transformer
+    np.testing.assert_array_equal(video.latents, tiny.run(**inputs).latents)
+
+
+def draw_samples(coefficients, noise, steps=40, seed=0):
+    draw = np.random.default_rng(seed)
+    distances = draw.uniform(0.005, 0.1, steps)
+    x = np.tile(distances, 12)
+    y = np.polyval(coefficients, x) + noise * draw.standard_normal(x.shape)
+    return Samples(np.tile(np.arange(1, steps + 1), 12), x, y)
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [(3.0, 0.1), (200.0, 3.0, 0.1), (9000.0, -700.0, 3.0, 0.1), PUBLISHED],
+    ids=["1", "2", "3", "4"],
+)
+def test_the_fit_is_numpy_s_of_the_degree_that_made_the_data(coefficients):
+    samples = draw_samples(coefficients, noise=0.002)
+    fit = fit_rescaling(samples)
+    assert fit.degree == len(coefficients) - 1
+    expected = np.polyfit(samples.distance, samples.change, fit.degree)
+    np.testing.assert_allclose(fit.coefficients, expected, rtol=1e-6)
+    predicted = np.polyval(expected, samples.distance)
+    correlation = np.corrcoef(predicted, samples.change)[0, 1]
+    assert fit.r_squared == pytest.approx(correlation**2)  # so it is for least squares
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 1.0])
+def test_r_squared_is_the_share_of_the_variance_that_is_not_noise(noise):
+    samples = draw_samples((3.0, 0.1), noise, steps=400)
+    signal = np.var(3.0 * samples.distance)
+    assert fit_rescaling(samples).r_squared == pytest.approx(signal / (signal + noise**2), abs=0.02)
+
+
+def test_r_squared_on_other_samples_may_be_negative_and_is_0_without_any_change():
+    steps = np.arange(1, 4)
+    x, y = np.array([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 3.0])
+    assert measure_r_squared((10.0, 0.0), Samples(steps, x, y)) == pytest.approx(1)
+    # 4 + 0 + 4 over 1 + 0 + 1
+    assert measure_r_squared((-10.0, 4.0), Samples(steps, x, y)) == pytest.approx(-3)
+    assert measure_r_squared((10.0, 0.0), Samples(steps, x, np.ones(3))) == 0
+
+
+@given(st.lists(st.floats(0, 10), min_size=5, max_size=30))
+def test_r_squared_of_a_fit_is_from_0_to_1(changes):
+    y = np.array(changes)
+    x = 0.01 + 0.01 * np.arange(len(y))
+    assert -1e-9 <= fit_rescaling(Samples(np.arange(len(y)), x, y)).r_squared <= 1
+
+
+def test_few_distances_carry_a_low_degree_or_none():
+    samples = draw_samples(PUBLISHED, noise=0, steps=3)
+    assert fit_rescaling(samples).degree == 1
+    with pytest.raises(ValueError, match="got 2") as error:
+        fit_rescaling(samples.after(1))
+    assert str(error.value) == (
+        "fit: expected at least 3 steps with different distances after the warm-up, got 2. "
+        "Raise num_inference_steps, or lower warmup_steps."
+    )
+
+
+def test_samples_are_joined_and_cut_together():
+    parts = [draw_samples((1.0, 0.0), noise=1, steps=5, seed=seed) for seed in (1, 2)]
+    joined = join_samples(parts).after(3)
+    assert joined.step.tolist() == [4, 5] * 24
+    assert joined.distance[24:].tolist() == parts[1].distance[parts[1].step > 3].tolist()
+    assert joined.change[24:].tolist() == parts[1].change[parts[1].step > 3].tolist()
+
+
+class Curve:
+    """Trials of a made-up model; speed-up and PSNR follow the threshold."""
+
+    def __init__(self, speedup=lambda t: 1 + t, psnr=lambda t: 50 - 10 * t):
+        self.speedup, self.psnr, self.tried = speedup, psnr, []
+
+    def __call__(self, threshold):
+        self.tried.append(threshold)
+        return Trial(threshold, self.speedup(threshold), 1.0, self.psnr(threshold))
+
+
+@given(st.floats(1.01, 3.9))
+def test_the_search_finds_the_least_threshold_of_a_speedup(speedup):
+    curve = Curve()
+    best, trials = search_threshold(curve, Target("speedup", speedup), 3.0)
+    assert speedup - 1 <= best.threshold <= speedup - 1 + 0.01
+    assert [trial.threshold for trial in trials] == curve.tried
+    assert len(curve.tried) <= 10
+
+
+@given(st.floats(20.1, 49.9))
+def test_the_search_finds_the_highest_speedup_of_a_psnr(decibels):
+    best, trials = search_threshold(Curve(), Target("psnr", decibels), 3.0)
+    limit = (50 - decibels) / 10
+    assert limit - 0.01 <= best.threshold <= limit
+    assert len(trials) <= 10
+
+
+def test_a_psnr_that_the_boldest_threshold_keeps_takes_one_trial():
+    best, trials = search_threshold(Curve(), Target("psnr", 20), 3.0)
+    assert trials == [best]
+    assert best.threshold == 3
+
+
+def test_where_more_is_not_faster_the_best_trial_still_counts():
+    curve = Curve(
+        speedup=lambda t: {1.5: 3.0, 2.25: 2.5}.get(t, 2.0), psnr=lambda t: 30 - (t > 2.3)
+    )
+    best, _ = search_threshold(curve, Target("psnr", 30), 3.0)
+    assert best.speedup == pytest.approx(3)
+
+
+def test_a_speedup_out_of_reach_says_what_was_reached():
+    curve = Curve()
+    with pytest.raises(ValueError, match="speed-up") as error:
+        search_threshold(curve, Target("speedup", 5), 3.0)
+    assert curve.tried == [3.0]
+    assert str(error.value) == (
+        "target speed-up: expected 5, got at most 4.00 with threshold 3. "
+        "Lower the target or warmup_steps, or raise num_inference_steps."
+    )
+
+
+def test_a_psnr_out_of_reach_says_what_was_reached():
+    curve = Curve(speedup=lambda t: 1 + (t > 0.1), psnr=lambda t: 45 - t if t > 0.1 else 70)
+    with pytest.raises(ValueError, match="PSNR") as error:
+        search_threshold(curve, Target("psnr", 60), 4.0)
+    assert min(curve.tried) < 0.1
+    assert str(error.value) == (
+        "target PSNR: expected 60 dB with some work saved, got at most 44.90 dB with threshold "
+        "0.1016, speed-up 2.00. Lower the target, or raise warmup_steps or num_inference_steps."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("teacache", {}), ("motioncache", {"compat": "reference"})],
+    ids=["by row", "by chunk"],
+)
+def test_at_the_bound_nothing_is_recomputed_and_just_below_something_is(tiny, name, options):
+    """The last step is not forced in these policies."""
+    settings = {"warmup_steps": 1, "coefficients": (2.0, 0.1), **options}
+    policy = make_policy(name, {**settings, "threshold": 0.0})
+    bound = bound_threshold(tiny, OPTIONS, policy, Fit((2.0, 0.1), 1.0))
+
+    def recomputed(threshold):
+        policy = make_policy(name, {**settings, "threshold": threshold})
+        trace = tiny.run(**draw_inputs(OPTIONS), policy=policy).trace
+        chosen = ~np.isnan(trace.distance) & (trace.step > 1)[:, None]
+        return bool((trace.recompute[chosen] == 1).any())
+
+    assert not recomputed(bound)
+    assert recomputed(0.98 * bound)
+
+
+def test_a_trial_compares_work_time_and_frames(tiny):
+    references = [record_changes(tiny, draw_inputs(OPTIONS, seed, decode=True)) for seed in (1, 2)]
+    settings = {"warmup_steps": 1, "coefficients": (1.0, 0.0)}
+    policy = make_policy("flowcache", {**settings, "threshold": 100.0})
+    trial = measure_trial(tiny, policy, references)
+    flops = ModelFlops.from_manifest(tiny.bundle.manifest.config["transformer"])
+    works, errors = np.zeros(2), []
+    for reference in references:
+        video = tiny.run(**reference.inputs, policy=policy)
+        pair = reference.video, video
+        works += [count_work(flops, run.trace, padded=True).total for run in pair]
+        difference = reference.video.frames.astype(float) - video.frames
+        per_frame = (difference**2).mean(axis=(1, 2, 3))
+        errors.append((10 * np.log10(255**2 / per_frame[per_frame > 0])).mean())
+    assert trial.threshold == 100
+    assert trial.speedup == pytest.approx(works[0] / works[1])
+    assert trial.speedup > 1.3
+    assert trial.psnr == pytest.approx(np.mean(errors))
+    assert trial.wall_ratio > 0
+
+
+def test_threshold_0_changes_nothing_and_runs_without_frames_have_no_psnr(tiny):
+    settings = {"threshold": 0.0, "coefficients": (1.0, 0.0), "warmup_steps": 1}
+    policy = make_policy("motioncache", settings)
+    for decode, psnr in ((True, np.inf), (False, None)):
+        reference = record_changes(tiny, draw_inputs(OPTIONS, decode=decode))
+        trial = measure_trial(tiny, policy, [reference])
+        assert (trial.speedup, trial.psnr) == (1, psnr)
