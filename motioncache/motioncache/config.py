@@ -4,7 +4,16 @@ One frozen dataclass per policy, in its module. Its defaults live there alone, t
 reads `FIELD=VALUE` by its fields (`options`).
 """
 
-__all__ = ["FIXED", "REFERENCE", "Compat", "Switches", "check_number", "check_warmup", "switches"]
+__all__ = [
+    "FIXED",
+    "REFERENCE",
+    "Compat",
+    "Switches",
+    "check_number",
+    "check_rescaling",
+    "check_warmup",
+    "switches",
+]
 
 import math
 from collections.abc import Sequence
@@ -65,13 +74,16 @@ def check_number(
     Raises:
         ValueError: With the bounds.
     """
-    kind = int if whole else int | float
-    if isinstance(value, kind) and not isinstance(value, bool):
-        if math.isfinite(value) and low <= value <= high:
-            return
+    if _is_finite(value) and low <= value <= high and (isinstance(value, int) or not whole):
+        return
     wanted = "a whole number" if whole else "a finite number"
     bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
     raise ValueError(f"{name}: expected {wanted}, got {value!r}. Use {bounds}.")
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def check_rescaling(threshold: Any, coefficients: Sequence[Any]) -> None:
@@ -81,13 +93,12 @@ def check_rescaling(threshold: Any, coefficients: Sequence[Any]) -> None:
         ValueError: With what is expected.
     """
     check_number("threshold", threshold)
-    if not coefficients:
+    if not coefficients or not all(map(_is_finite, coefficients)):
         raise ValueError(
-            "coefficients: expected numbers, highest power first, got none. "
+            "coefficients: expected finite numbers, highest power first, got "
+            f"{', '.join(map(str, coefficients)) or 'none'}. "
             "Run mc-calibrate to fit them, or pass 1,0 for the distance itself."
         )
-    for value in coefficients:
-        check_number("coefficients", value, low=-math.inf)
 
 
 def check_warmup(warmup_steps: int, shape: RunShape) -> None:

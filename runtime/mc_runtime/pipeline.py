@@ -189,11 +189,11 @@ class VideoPipeline:
         plan = plan_run(chosen, prefix, self.grid)
         chosen_policy.check(plan.shape)
         decoder = self.decoder if decode else None
+        noise = self._noise(latents, chosen)
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
-        embeddings = tuple(
-            self._embed_text(*picked, note) for picked in _pick_texts(*texts, plan.shape.branches)
-        )
-        noise, first = self._noise(latents, chosen), self._encode_prefix(video, chosen)
+        picked = _pick_texts(*texts, plan.shape.branches)
+        embeddings = tuple(self._embed_text(*pair, note) for pair in picked)
+        first = self._encode_prefix(video, chosen)
         inputs = Inputs(embeddings, noise, first, chosen, self.bundle.model_hash)
         return generate_chunks(inputs, plan, self.transformer, decoder, chosen_policy, callback)
 

@@ -8,6 +8,7 @@ import pytest
 from mc_engines.errors import BundleError
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
+from motioncache import make_policy
 
 OPTIONS = GenerationOptions(
     num_frames=37, height=32, width=32, num_inference_steps=2, base_num_frames=37
@@ -15,6 +16,7 @@ OPTIONS = GenerationOptions(
 EMBEDS = np.zeros((1, 3, 48), np.float32)
 LATENTS = np.zeros((16, 10, 4, 4), np.float32)
 VIDEO = np.zeros((25, 32, 32, 3), np.uint8)
+LONG_WARMUP = make_policy("flowcache", {"threshold": 0.1, "coefficients": (1.0, 0.0)})
 SIZES_FOLLOW = "Its sizes follow from the model, num_frames, height and width."
 
 
@@ -104,7 +106,13 @@ SIZES_FOLLOW = "Its sizes follow from the model, num_frames, height and width."
         ),
         (
             {"prompt": "a cat", "policy": "taylor"},
-            "policy: expected one of none, teacache, flowcache, motioncache, got taylor.",
+            "policy: expected one of none, teacache, flowcache, motioncache, got taylor. "
+            "Write NAME or NAME:PRESET.",
+        ),
+        (
+            {"prompt": "a cat", "policy": LONG_WARMUP},
+            "warmup_steps: expected at most 1 with 2 steps, as steps 0 to warmup_steps are "
+            "computed in full, got 4. Lower it or raise num_inference_steps.",
         ),
     ],
 )

@@ -1,0 +1,199 @@
+"""Policies in whole runs: what `fixed` mends, replays, buckets, two generations at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
+from motioncache import DecisionTrace, Mode, Preset, make_policy
+from motioncache.config import FIXED
+
+OPTIONS = GenerationOptions(
+    num_frames=57, height=32, width=48, num_inference_steps=10, base_num_frames=37, ar_step=3
+)  # two windows; the second begins with a chunk of the first
+RULE = {"threshold": 1.0, "coefficients": (1.0, 0.0)}
+SETTINGS = {
+    "teacache": RULE | {"warmup_steps": 1},
+    "flowcache": RULE | {"warmup_steps": 1},
+    "motioncache": RULE
+    | {"warmup_steps": 1, "coarse_updates": 1, "vote_threshold": None, "min_update_ratio": 0.0}
+    | {"weight_floor": 0.5},
+}
+POLICIES = list(SETTINGS)
+
+
+def generate(pipeline, policy, options=OPTIONS, prompt="a red circle"):
+    return pipeline.run(prompt, policy=policy, options=options, decode=False)
+
+
+@pytest.fixture(scope="module")
+def uncached(tiny):
+    return generate(tiny, "none")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_threshold_of_zero_is_the_uncached_run(tiny, uncached, name):
+    video = generate(tiny, make_policy(name, SETTINGS[name] | {"threshold": 0.0}))
+    np.testing.assert_array_equal(video.latents, uncached.latents)
+    assert video.trace.reused() == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_reuse_changes_what_comes_out_and_what_is_computed(tiny, uncached, name):
+    video = generate(tiny, make_policy(name, SETTINGS[name]))
+    assert 0.1 < video.trace.reused() < 0.9
+    assert 1e-4 < np.abs(video.latents - uncached.latents).max() < 3
+    modes = set(np.unique(video.trace.mode))
+    assert {Mode.REUSE, Mode.FULL, Mode.CLEAN} <= modes
+    assert (Mode.PARTIAL in modes) == (name == "motioncache")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_replay_equals_the_recorded_run(tiny, tmp_path, name):
+    recorded = generate(tiny, make_policy(name, SETTINGS[name]))
+    recorded.trace.save(tmp_path / "trace")
+    again = generate(tiny, DecisionTrace.load(tmp_path / "trace"))
+    np.testing.assert_array_equal(again.latents, recorded.latents)
+    np.testing.assert_array_equal(again.trace.recompute, recorded.trace.recompute)
+    np.testing.assert_array_equal(again.trace.mode, recorded.trace.mode)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_generations_at_once_equal_each_alone(tiny, name):
+    policy = make_policy(name, SETTINGS[name])
+    prompts = "a red circle", "a blue square races"
+    alone = [generate(tiny, policy, prompt=prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda prompt: generate(tiny, policy, prompt=prompt), prompts))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.latents, other.latents)
+        np.testing.assert_array_equal(one.trace.recompute, other.trace.recompute)
+
+
+def test_a_chunk_without_a_residual_is_computed_even_if_its_row_is_reused(tiny):
+    video = generate(tiny, make_policy("teacache", SETTINGS["teacache"] | {"threshold": 1e6}))
+    first = video.trace.step == 1
+    assert (video.trace.mode.swapaxes(1, 2)[first] == Mode.FULL).all()
+    # Everything else after the two rows of each window's warm-up is reused.
+    late = np.arange(len(first))[:, None] - np.repeat(video.trace.window_start, np.diff(
+        [*video.trace.window_start, len(first)]))[:, None] > 1  # fmt: skip
+    rest = (video.trace.step > 1) & late
+    assert (video.trace.mode.swapaxes(1, 2)[rest] == Mode.REUSE).all()
+
+
+def padded(pipeline):
+    """The same engines, whose partial passes are padded up to the bundle's buckets."""
+    other = VideoPipeline(pipeline.bundle, threads=1)
+    transformer = pipeline.transformer
+    other.transformer = replace(transformer, buckets=transformer.config.token_buckets)
+    return other
+
+
+def test_padding_up_to_buckets_changes_nothing_but_the_number_of_rows(tiny):
+    recorded = generate(tiny, make_policy("motioncache", SETTINGS["motioncache"]))
+    again = generate(padded(tiny), recorded.trace)
+    np.testing.assert_allclose(again.latents, recorded.latents, atol=1e-5)
+    asked = recorded.trace.bucket
+    tokens = recorded.trace.recompute.shape[3]
+    sizes = [0, *(int(np.ceil(share * tokens)) for share in (0.25, 0.4, 0.5, 0.75, 1))]
+    expected = [min(size for size in sizes if size >= count) for count in asked.ravel()]
+    np.testing.assert_array_equal(again.trace.bucket.ravel(), expected)
+    partial = recorded.trace.mode == Mode.PARTIAL
+    assert (again.trace.bucket[partial] > asked[partial]).any()
+
+
+def test_an_all_reuse_step_runs_no_block_and_a_partial_one_only_its_rows(tiny):
+    calls = []
+
+    class Counting:
+        def __init__(self, runner):
+            self.runner, self.graph = runner, runner.graph
+
+        def run(self, inputs, weights=None):
+            calls.append(inputs["x"].shape[1])
+            return self.runner.run(inputs, weights)
+
+    other = VideoPipeline(tiny.bundle, threads=1)
+    block = Counting(tiny.transformer.runners["block"])
+    runners = {**tiny.transformer.runners, "block": block}
+    other.transformer = replace(tiny.transformer, runners=runners)
+    trace = generate(other, make_policy("motioncache", SETTINGS["motioncache"])).trace
+    layers = tiny.transformer.config.layers
+    assert sorted(calls) == sorted(layers * [n for n in trace.bucket.ravel().tolist() if n])
+    assert (trace.mode == Mode.REUSE).any()
+
+
+# The switches that the loop follows.
+
+
+def switched(**values):
+    return make_policy(
+        "motioncache", SETTINGS["motioncache"] | {"compat": replace(FIXED, **values)}
+    )
+
+
+def test_clean_pass(tiny):
+    """Without it a finished chunk is not evaluated again; a prefix is in either case."""
+    found = {value: generate(tiny, switched(clean_pass=value)) for value in (True, False)}
+    clean = {value: video.trace.mode == Mode.CLEAN for value, video in found.items()}
+    # Window 1: chunk 0 is clean once chunk 1 goes on without it. Window 2: chunk 0 is its prefix.
+    assert [(row > 0, branch, chunk) for row, branch, chunk in np.argwhere(clean[True])] == [
+        (True, 0, 0), (True, 1, 0), (True, 0, 0), (True, 1, 0),
+    ]  # fmt: skip
+    second = found[True].trace.window_start[1]
+    assert np.argwhere(clean[False])[:, 0].tolist() == [second, second]
+    assert np.abs(found[True].latents[:, :5] - found[False].latents[:, :5]).max() == 0
+    assert np.abs(found[True].latents[:, 5:] - found[False].latents[:, 5:]).max() > 0
+
+
+def test_reset_history(tiny):
+    """With it the first frame behind a prefix is not compared with a frame of another window."""
+    found = {value: generate(tiny, switched(reset_history=value)).trace for value in (True, False)}
+    second = found[True].window_start[1]
+    np.testing.assert_array_equal(found[True].weights[:second], found[False].weights[:second])
+    tokens, frames = found[True].recompute.shape[3], OPTIONS.causal_block_size
+    weights = {
+        value: trace.weights[second:, 0, 1].reshape(-1, frames, tokens // frames)
+        for value, trace in found.items()
+    }
+    known = ~np.isnan(weights[True][:, 0, 0]) & ~np.isnan(weights[False][:, 0, 0])
+    first = int(np.flatnonzero(known)[0])
+    # The motion of the first frame is that of the second, or of another window's last frame.
+    np.testing.assert_array_equal(weights[True][first, 0], weights[True][first, 1])
+    assert np.abs(weights[False][first, 0] - weights[False][first, 1]).max() > 0.01
+    np.testing.assert_array_equal(weights[True][first, 1:], weights[False][first, 1:])
+
+
+def test_motion_against_its_formula(tiny):
+    draw = np.random.default_rng(0)
+    out = draw.normal(size=(1, 5 * 6, 64)).astype(np.float32)
+    previous = draw.normal(size=(1, 6, 64)).astype(np.float32)
+    frames = np.concatenate([previous, out[0].reshape(5, 6, 64)])
+    expected = np.abs(np.diff(frames, axis=0)).mean(-1) / np.abs(frames[:-1]).mean(-1)
+    found = tiny.transformer.motion(out, 5, previous)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    alone = tiny.transformer.motion(out, 5, None)
+    np.testing.assert_allclose(alone[1:], expected[1:], rtol=1e-5)
+    np.testing.assert_allclose(alone[0], expected[1], rtol=1e-5)
+
+
+def test_a_trace_of_another_bundle_is_refused(tiny, golden_case):
+    trace = generate(tiny, "none").trace
+    with pytest.raises(ValueError) as error:
+        golden_case("skyreels-a").pipeline.find_policy(trace)
+    other = golden_case("skyreels-a").pipeline.bundle.model_hash
+    assert str(error.value) == (
+        f"trace: expected one of the bundle {other[:12]}, got one of "
+        f"{tiny.bundle.model_hash[:12]}. Replay it on the bundle it was recorded with."
+    )
+
+
+def test_a_preset_in_the_manifest_does_not_change_the_model(tiny):
+    preset = Preset("flowcache", "calibrated", RULE, "calibrated", "here")
+    manifest = replace(tiny.bundle.manifest, presets={preset.key: preset.to_json()})
+    bundle = replace(tiny.bundle, manifest=manifest)
+    assert bundle.model_hash == tiny.bundle.model_hash
+    assert VideoPipeline(bundle).find_policy("flowcache").preset == "calibrated"

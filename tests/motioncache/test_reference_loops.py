@@ -1,0 +1,158 @@
+"""The rules against plain loops over dictionaries, written down from the published code's rules.
+
+The golden cases hold MotionCache in one window against the published code itself
+(tests/e2e/test_golden_schedules.py). What has no golden case is held against these loops:
+FlowCache, TeaCache. They keep scalars per token and branch where the package keeps arrays.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mc_runtime.schedule import step_matrix
+from motioncache import DistanceTable, RunShape, Scope, make_policy
+from motioncache.forecast import forecast_chunk, forecast_window
+
+STEPS = 20
+
+
+def polynomial(coefficients, x):
+    total = 0.0
+    for power, coefficient in enumerate(reversed(coefficients)):
+        total += coefficient * x**power
+    return total
+
+
+def relative_l1(now, before):
+    return float(np.abs(now - before).mean() / np.abs(before).mean())
+
+
+def flowcache_loop(modulation, threshold, coefficients, ret_steps, clamp):
+    """Per chunk: True where it is computed."""
+    done, accumulated, previous = [], 0.0, None
+    for step in range(len(modulation)):
+        cutoff = len(modulation) - 1
+        if step < ret_steps or step >= cutoff:
+            compute, accumulated = True, 0.0
+        else:
+            d = polynomial(coefficients, relative_l1(modulation[step], previous))
+            accumulated += max(d, 0) if clamp else d
+            compute = accumulated >= threshold
+            if compute:
+                accumulated = 0.0
+        previous = modulation[step]
+        done.append(compute)
+    return done
+
+
+def teacache_loop(modulation, active, threshold, coefficients, ret_rows):
+    """Per row of a window: True where the chunks that are not new are computed."""
+    steps, done, accumulated, before = {}, [], 0.0, {}
+    for row, chunks in enumerate(active):
+        now = {}
+        for chunk in np.flatnonzero(chunks):
+            steps[chunk] = steps.get(chunk, -1) + 1
+            now[chunk] = modulation[steps[chunk]]
+        if row < ret_rows:
+            compute = True
+        else:
+            both = [chunk for chunk in now if chunk in before]
+            change = np.concatenate([(now[chunk] - before[chunk]).ravel() for chunk in both])
+            scale = np.concatenate([before[chunk].ravel() for chunk in both])
+            distance = np.abs(change).mean() / np.abs(scale).mean()
+            accumulated += max(polynomial(coefficients, distance), 0)
+            compute = accumulated >= threshold
+            if compute:
+                accumulated = 0.0
+        before = now
+        done.append(compute)
+    return done
+
+
+modulations = st.integers(0, 2**32 - 1).map(
+    lambda seed: np.cumsum(np.random.default_rng(seed).normal(size=(STEPS, 6, 4)), axis=0)
+)
+polynomials = st.lists(st.floats(-2, 2), min_size=1, max_size=5).map(tuple)
+
+
+@given(modulations, polynomials, st.floats(0, 2), st.integers(0, 8), st.booleans())
+def test_flowcache(modulation, coefficients, threshold, warmup, clamp):
+    settings = {"threshold": threshold, "coefficients": coefficients, "warmup_steps": warmup}
+    policy = make_policy("flowcache", settings | {"compat": "fixed" if clamp else "reference"})
+    shape = RunShape(np.ones((STEPS, 1), bool), (0,), 1, 1, 1, STEPS)
+    table = DistanceTable.from_modulation(modulation)
+    found = [bool(step.plan.recompute[0]) for step in forecast_chunk(policy, shape, table)]
+    assert found == flowcache_loop(modulation, threshold, coefficients, warmup + 1, clamp)
+
+
+@given(modulations, polynomials, st.floats(0, 2), st.integers(0, 8), st.integers(1, 6))
+def test_teacache(modulation, coefficients, threshold, warmup, lag):
+    settings = {"threshold": threshold, "coefficients": coefficients, "warmup_steps": warmup}
+    active = step_matrix(3, STEPS, lag).update
+    shape = RunShape(active, (0,), 1, 1, 1, STEPS)
+    table = DistanceTable.from_modulation(modulation)
+    policy = make_policy("teacache", settings)
+    found = [bool(step.plan.recompute[0]) for step in forecast_window(policy, shape, table)]
+    assert found == teacache_loop(modulation, active, threshold, coefficients, warmup + 1)
+
+
+def motioncache_loop(config, distances, motions, frames):
+    """The published state machine of a chunk, token by token; yields sets of computed tokens."""
+    tokens = motions[0].size
+    accumulated, weights = [0.0] * tokens, [1.0] * tokens
+    counter, done = 0, False
+    for step, distance in enumerate(distances):
+        if step <= config["warmup_steps"]:
+            chosen = set(range(tokens))
+            if step == config["warmup_steps"]:
+                done = config["coarse_updates"] == 0
+        else:
+            d = polynomial(config["coefficients"], distance)
+            accumulated = [a + d * w for a, w in zip(accumulated, weights, strict=True)]
+            chosen = {t for t in range(tokens) if accumulated[t] >= config["threshold"]}
+            if config["vote_threshold"] is not None:
+                positions = tokens // frames
+                share = [
+                    sum((f * positions + p) in chosen for f in range(frames)) / frames
+                    for p in range(positions)
+                ]
+                chosen = {
+                    t for t in range(tokens) if share[t % positions] > config["vote_threshold"]
+                }
+            if 0 < len(chosen) / tokens < config["min_update_ratio"]:
+                chosen = set()
+            for token in chosen:
+                accumulated[token] = 0.0
+            if chosen and not done:
+                counter += 1
+                done = counter >= config["coarse_updates"]
+        if done:
+            weights = []
+            for frame in motions[step]:
+                low, high = min(frame), max(frame)
+                floor = config["weight_floor"]
+                weights += [floor + (1 - floor) * (m - low) / (high - low + 1e-8) for m in frame]
+        yield chosen
+
+
+@pytest.mark.parametrize("vote", [0.5, None])
+@given(seed=st.integers(0, 2**32 - 1), updates=st.integers(0, 3), ratio=st.sampled_from([0, 0.4]))
+def test_motioncache(vote, seed, updates, ratio):
+    draw = np.random.default_rng(seed)
+    config = {
+        "threshold": 0.4 + 0.2 * draw.random(), "coefficients": (0.5, 0.8, 0.01),
+        "warmup_steps": int(draw.integers(0, 4)), "coarse_updates": updates, "weight_floor": 0.3,
+        "vote_threshold": vote, "min_update_ratio": ratio,
+    }  # fmt: skip
+    distances = draw.random(STEPS)
+    motions = draw.random((STEPS, 3, 7)).astype(np.float32)
+    policy = make_policy("motioncache", config | {"compat": "reference"})
+    shape = RunShape(np.ones((STEPS, 1), bool), (0,), 1, 3, 7, STEPS)
+    state = policy.init_state(shape, Scope(0, 0, 0))
+    loop = motioncache_loop(config, distances, motions, frames=3)
+    for distance, seen, chosen in zip(distances, motions, loop, strict=True):
+        plan, state = policy.plan_step(state, distance)
+        assert set(np.flatnonzero(plan.recompute)) == chosen
+        if plan.wants_motion:
+            state = policy.observe(state, seen)
