@@ -215,10 +215,8 @@ def _show_trace(
     if video is None and recorded is not None and Path(recorded).is_file():
         video = Path(recorded)
     if overlay is not None and video is None:
-        raise ValueError(
-            f"{path}: expected the video of the run, got {recorded or 'none'}, which is not there. "
-            "Pass --video FILE."
-        )
+        got = f"{recorded}, which is not there" if recorded else "none"
+        raise ValueError(f"{path}: expected the video of the run, got {got}. Pass --video FILE.")
     if html is not None:
         page = report_page(trace, video)
         with replace_file(html) as hidden:

@@ -67,9 +67,9 @@ def summarise(trace: DecisionTrace) -> dict[str, Any]:
         "reused_after_warmup": trace.reused(),
         "padding": 1 - ones / int(trace.bucket[partial].sum()) if partial.any() else None,
         "milliseconds": {
-            "engines": float(trace.engine_ms.sum()),
-            "host": float(trace.host_ms.sum()),
-            "policy": float(trace.policy_ms.sum()),
+            "engines": float(trace.engine_ms.sum(dtype=float)),
+            "host": float(trace.host_ms.sum(dtype=float)),
+            "policy": float(trace.policy_ms.sum(dtype=float)),
         },
         "chunks": [_summarise_chunk(trace, *place) for place in _chunks(trace)],
     }
@@ -100,7 +100,7 @@ def _summarise_chunk(trace: DecisionTrace, window: int, chunk: int) -> dict[str,
             name: _share(masks[:, branch])
             for branch, name in enumerate(_BRANCHES[: trace.mode.shape[1]])
         },
-        "engine_ms": float(trace.engine_ms[rows, :, chunk].sum()),
+        "engine_ms": float(trace.engine_ms[rows, :, chunk].sum(dtype=float)),
     }
 
 

@@ -1,7 +1,11 @@
-"""What mc-inspect prints, and that it finds damage."""
+"""What mc-inspect prints and draws, and that it finds damage."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -10,6 +14,12 @@ from mc_engines.bundle_writer import BundleWriter
 from mc_engines.manifest import Manifest
 from mc_engines.specs import ComponentSpec, GraphSpec, TensorSpec
 from mc_runtime.inspect_cli import main
+from mc_runtime.options import GenerationOptions
+from mc_runtime.overlay import read_frames
+from mc_runtime.schedule_table import forecast_schedule
+from mc_runtime.trace_report import list_chunks, summarise
+from mc_runtime.video import VideoWriter
+from motioncache import DecisionTrace
 
 PARITY = [
     {"component": "block", "form": "fp32", "layer": layer, "output": output, "max_abs": error,
@@ -166,3 +176,163 @@ def test_no_bundle_is_a_failure_and_no_argument_wrong_usage(tmp_path):
 def test_names_with_the_signs_of_markup_are_shown_as_they_are(path):
     path.rename(path.parent / "[red]x")
     assert "[red]x" in inspect(path.parent / "[red]x").stdout
+
+
+FLOWCACHE = (
+    *("--policy", "flowcache", "--policy-option", "threshold=1.3"),
+    *("--policy-option", "coefficients=1,-0.76", "--policy-option", "warmup_steps=2"),
+)
+
+
+def test_a_policy_shows_the_schedule(tiny, tiny_bundle):
+    result = inspect(tiny_bundle, *FLOWCACHE, "--steps", 9, "--flow-shift", 5)
+    assert result.exit_code == 0
+    pairs = "threshold=1.3", "coefficients=1,-0.76", "warmup_steps=2"
+    options = GenerationOptions(num_inference_steps=9, flow_shift=5.0)
+    schedule = forecast_schedule(tiny, tiny.find_policy("flowcache", pairs), options)
+    shown = rows(result.stdout)
+    assert "step timestep distance rescaled accumulated decision".split() in shown
+    for line in schedule.lines:
+        assert " ".join(line.cells()).split() in shown
+    totals = schedule.totals()
+    assert result.stdout.endswith(
+        f"Of 9 steps: {totals['full']} full, {totals['reuse']} reused, 0 not known before the run."
+        "\n"
+    )
+    assert schedule.warning()
+    assert result.stderr == f"{schedule.warning()}\n"
+
+
+def test_the_schedule_as_json_is_the_same(tiny, tiny_bundle):
+    result = inspect(tiny_bundle, "--policy", "none", "--json")
+    schedule = forecast_schedule(tiny, tiny.find_policy("none"), GenerationOptions())
+    assert json.loads(result.stdout) == json.loads(json.dumps(schedule.to_json()))
+
+
+def test_rows_are_shown_where_a_policy_decides_by_rows(tiny_bundle):
+    flags = [flag.replace("flowcache", "teacache") for flag in FLOWCACHE]
+    shown = rows(inspect(tiny_bundle, *flags, "--steps", 6, "--num-frames", 57).stdout)
+    assert "row step timestep distance rescaled accumulated decision".split() in shown
+    assert [row[0] for row in shown[3:-1]] == [str(row) for row in range(16)]
+    assert shown[3 + 5][1:3] == ["6", "1"]
+
+
+def test_quiet_leaves_the_warning_of_a_schedule(tiny_bundle):
+    result = inspect(tiny_bundle, *FLOWCACHE, "--quiet")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith("coefficients: expected rescaled distances of 0 or more")
+
+
+@pytest.fixture(scope="module")
+def traced(tiny, tmp_path_factory) -> Path:
+    """The trace of a run, its video where it says."""
+    folder = tmp_path_factory.mktemp("traced")
+    options = GenerationOptions(num_frames=37, height=32, width=48, num_inference_steps=6)
+    pairs = "threshold=0.9", "coefficients=1,0", "warmup_steps=1"
+    policy = tiny.find_policy("flowcache", pairs)
+    video = tiny.run("a bird", options=options, policy=policy)
+    with VideoWriter(folder / "run.mp4", options.fps, options.width, options.height) as writer:
+        writer.write(video.frames)
+    video.trace.run["video"] = str(folder / "run.mp4")
+    video.trace.save(folder / "run.trace")
+    return folder / "run.trace"
+
+
+def test_a_trace_is_summed_up(traced, tiny_bundle):
+    result = inspect("--trace", traced)
+    assert (result.exit_code, result.stderr) == (0, "")
+    summary = summarise(DecisionTrace.load(traced))
+    shown = rows(result.stdout)
+    counts = ", ".join(f"{count} {mode}" for mode, count in summary["passes"].items())
+    assert ["passes", *counts.split()] in shown
+    assert ["policy", "flowcache"] in shown
+    for line in list_chunks(summary):
+        assert " ".join(line).split() in shown
+    assert inspect(tiny_bundle, "--trace", traced).stdout == result.stdout
+    assert json.loads(inspect("--trace", traced, "--json").stdout) == summary
+
+
+def test_a_trace_is_drawn(traced, tmp_path):
+    page, painted = tmp_path / "report.html", tmp_path / "out.mp4"
+    result = inspect("--trace", traced, "--html", page, "--overlay", painted, "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    text = page.read_text()
+    assert text.startswith("<!DOCTYPE html>") and "Frames are missing" not in text
+    assert len(list(read_frames(painted))) == 37
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "report.html"]
+
+
+def refused(message, *arguments, code=2):
+    result = inspect(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.endswith(f"{message}\n")
+
+
+def test_flags_want_the_one_they_belong_to(path, traced):
+    for flag, value in (("--html", "a.html"), ("--overlay", "a.mp4"), ("--overwrite", None)):
+        given = [flag] if value is None else [flag, value]
+        refused(f"{flag}: expected with --trace, got it alone. Add it.", path, *given)
+    for flag, value in (("--policy-option", "a=1"), ("--steps", "5"), ("--flow-shift", "5")):
+        refused(f"{flag}: expected with --policy, got it alone. Add it.", path, flag, value)
+    message = "--policy looks ahead, --trace back. Leave one of them out."
+    refused(message, path, "--trace", traced, "--policy", "none")
+    message = "Missing argument 'BUNDLE'. Name a bundle, or pass --trace alone."
+    refused(message, "--policy", "none")
+    refused(message, "--trace", traced, "--verify")
+
+
+def test_a_trace_of_another_bundle_is_refused(traced, tiny_bundle, path):
+    expected, found = Bundle.open(path).model_hash[:12], Bundle.open(tiny_bundle).model_hash[:12]
+    refused(
+        f"{traced}: expected a trace of the bundle {expected}, got one of {found}. "
+        "Name the bundle it was recorded with, or none.",
+        path, "--trace", traced,
+    )  # fmt: skip
+
+
+def test_what_is_no_trace_of_a_run_is_refused(path, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("no trace")
+    refused("Pass a file that mc-generate --trace wrote.", "--trace", text)
+    masks = DecisionTrace.from_masks(np.ones((2, 1, 1, 6), np.int8), 2, clean_pass=True)
+    masks.save(tmp_path / "masks")
+    refused(
+        f"{tmp_path / 'masks'}: expected the trace of a run, got one without policy, grid, "
+        "windows, options. Pass a file that mc-generate --trace wrote.",
+        "--trace", tmp_path / "masks",
+    )  # fmt: skip
+
+
+def test_an_overlay_wants_the_video(traced, tmp_path):
+    moved = tmp_path / "moved.trace"
+    trace = DecisionTrace.load(traced)
+    for recorded, got in (
+        ("/nowhere/run.mp4", "/nowhere/run.mp4, which is not there"),
+        (None, "none"),
+    ):
+        replace(trace, run={**trace.run, "video": recorded}).save(moved)
+        refused(
+            f"{moved}: expected the video of the run, got {got}. Pass --video FILE.",
+            "--trace", moved, "--overlay", tmp_path / "out.mp4",
+        )  # fmt: skip
+    page = tmp_path / "report.html"
+    assert inspect("--trace", moved, "--html", page).exit_code == 0
+    assert "Frames are missing" in page.read_text()
+    video = shutil.copy(traced.parent / "run.mp4", tmp_path / "elsewhere.mp4")
+    drawn = ("--html", page, "--overlay", tmp_path / "out.mp4", "--overwrite")
+    assert inspect("--trace", moved, "--video", video, *drawn).exit_code == 0
+    assert "Frames are missing" not in page.read_text()
+    assert (tmp_path / "out.mp4").exists()
+
+
+def test_outputs_that_exist_are_kept(traced, tmp_path):
+    for flag, name in (("--html", "a.html"), ("--overlay", "a.mp4")):
+        output = tmp_path / name
+        output.write_text("old")
+        refused(
+            f"{output}: expected a new file, got one that exists. Pass --overwrite.",
+            "--trace", traced, flag, output,
+        )  # fmt: skip
+        assert output.read_text() == "old"
+        assert inspect("--trace", traced, flag, output, "--overwrite").exit_code == 0
+        assert output.read_bytes() != b"old"
