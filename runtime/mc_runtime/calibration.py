@@ -196,7 +196,8 @@ def fit_rescaling(samples: Samples) -> Fit:
 
     The degree is 1 to 4. Each distance but the smallest and the greatest, beyond which a
     polynomial is not asked, is left out in turn and predicted from the others; the lowest degree
-    is taken whose mean squared error is within one standard error of the best degree's.
+    is taken whose squared errors exceed those of the best degree by no more than the standard
+    error of the difference.
 
     Args:
         samples: Of several runs.
@@ -208,8 +209,9 @@ def fit_rescaling(samples: Samples) -> Fit:
         ValueError: The samples have less than three different distances.
 
     Source:
-        TeaCache (arXiv 2411.19108), section 3.3, for the idea. One standard error: Breiman et al.,
-        Classification and Regression Trees (1984), section 3.4.3.
+        TeaCache (arXiv 2411.19108), section 3.3, for the idea. The rule of one standard error:
+        Breiman et al., Classification and Regression Trees (1984), section 3.4.3; here of paired
+        differences.
     """
     distances = np.unique(samples.distance)
     if len(distances) < MIN_STEPS:
@@ -224,10 +226,9 @@ def fit_rescaling(samples: Samples) -> Fit:
             for degree in degrees
         ]
     )
-    means = errors.mean(axis=1)
-    best = int(means.argmin())
-    limit = means[best] + errors[best].std() / np.sqrt(errors.shape[1])
-    coefficients = _fit(samples.distance, samples.change, degrees[int((means <= limit).argmax())])
+    excess = errors - errors[errors.mean(axis=1).argmin()]
+    as_good = excess.mean(axis=1) <= excess.std(axis=1) / np.sqrt(errors.shape[1])
+    coefficients = _fit(samples.distance, samples.change, degrees[int(as_good.argmax())])
     return Fit(coefficients, measure_r_squared(coefficients, samples))
 
 

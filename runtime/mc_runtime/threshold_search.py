@@ -136,7 +136,7 @@ def search_threshold(
         raise ValueError(_describe_miss(target, trials))
     if target.metric == "speedup":
         return min(met, key=lambda trial: trial.threshold), trials
-    return max(met, key=lambda trial: trial.speedup), trials
+    return max(met, key=lambda trial: (trial.speedup, trial.psnr or 0.0)), trials
 
 
 def _describe_miss(target: Target, trials: Sequence[Trial]) -> str:

@@ -212,6 +212,12 @@ def test_where_more_is_not_faster_the_best_trial_still_counts():
     assert best.speedup == pytest.approx(3)
 
 
+def test_of_equally_fast_trials_the_nearest_to_the_uncached_run_is_taken():
+    curve = Curve(speedup=lambda t: 2.0, psnr=lambda t: 31 + (t > 0.9) if t < 1 else 20)
+    best, trials = search_threshold(curve, Target("psnr", 30), 3.0)
+    assert best.psnr == max(trial.psnr for trial in trials) == 32
+
+
 def test_a_speedup_out_of_reach_says_what_was_reached():
     curve = Curve()
     with pytest.raises(ValueError, match="speed-up") as error:
