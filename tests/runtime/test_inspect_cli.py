@@ -336,3 +336,18 @@ def test_outputs_that_exist_are_kept(traced, tmp_path):
         assert output.read_text() == "old"
         assert inspect("--trace", traced, flag, output, "--overwrite").exit_code == 0
         assert output.read_bytes() != b"old"
+
+
+def test_outputs_never_replace_an_input_or_each_other(traced, tmp_path):
+    video, new = traced.parent / "run.mp4", tmp_path / "new"
+    for taken, flags in (
+        (traced, ("--html", traced)),
+        (video, ("--overlay", video)),
+        (new, ("--html", new, "--overlay", new)),
+    ):
+        refused(
+            f"{taken}: expected a file of its own, got an input or another output. "
+            "Choose another name.",
+            "--trace", traced, "--overwrite", *flags,
+        )  # fmt: skip
+    assert not new.exists()
