@@ -32,11 +32,13 @@ def load(name: str) -> click.Command:
 
 
 def flags(name: str) -> set[str]:
+    """Every flag of a command and of its subcommands."""
     command = load(name)
-    parameters = command.get_params(click.Context(command))
+    parts = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
     return {
         flag
-        for parameter in parameters
+        for part in parts
+        for parameter in part.get_params(click.Context(part))
         if isinstance(parameter, click.Option)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
