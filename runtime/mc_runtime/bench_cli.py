@@ -1,0 +1,190 @@
+"""`mc-bench`: what a policy costs and how near its video is to the uncached one.
+
+Neighbours: `bench_policies` runs and measures, `bench_report` and `bench_page` tell.
+"""
+
+__all__ = ["main"]
+
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mc_engines.command import command
+from mc_engines.errors import require
+from mc_runtime.bench_baseline import DiffusersProcess
+from mc_runtime.bench_page import print_report, render_page
+from mc_runtime.bench_policies import (
+    Bench,
+    Turn,
+    check_policies,
+    choose_policies,
+    encode_prompts,
+    judge_frames,
+    policy_contender,
+    take_turns,
+)
+from mc_runtime.bench_report import DIFFUSERS, build_report
+from mc_runtime.fidelity import Lpips
+from mc_runtime.generate_cli import setting_options
+from mc_runtime.options import GenerationOptions
+from mc_runtime.output_file import check_output, replace_file
+from mc_runtime.pipeline import VideoPipeline
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
+_PLAIN_WIDTH = 100  # columns where the output is not a terminal
+
+
+@click.group("mc-bench")
+@click.version_option(package_name="motioncache")
+def main() -> None:
+    """Measure a bundle on this machine."""
+
+
+@command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--policies",
+    default="none",
+    show_default=True,
+    metavar="NAME[:PRESET],...",
+    help="What to compare; none is always first.",
+)
+@click.option(
+    "--policy-option",
+    multiple=True,
+    metavar="NAME.FIELD=VALUE",
+    help="A setting of a policy; can be repeated.",
+)
+@click.option("--prompt", multiple=True, help="What to show; can be repeated.")
+@click.option("--prompts", type=INPUT, help="A text file with a prompt per line.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Turns of every policy with every prompt.",
+)
+@click.option("--lpips", type=INPUT, help="ONNX graph of LPIPS, made by scripts/make_lpips.py.")
+@click.option("--baseline", type=click.Choice([DIFFUSERS]), help="What else to run.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder for the baseline.")
+@click.option("-o", "--output", type=FILE, help="JSON to write.")
+@click.option("--html", type=FILE, help="Page to write, with a plot.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@setting_options
+def run(
+    bundle: Path,
+    output: Path | None,
+    html: Path | None,
+    overwrite: bool,
+    quiet: bool,
+    **values: Any,
+) -> None:
+    """Compare cache policies on BUNDLE: time, FLOPs and fidelity, on the same noise and prompts."""
+    if (values["baseline"] is None) != (values["checkpoint"] is None):
+        raise click.UsageError("--baseline and --checkpoint need each other. Give both or neither.")
+    _check_outputs(output, html, overwrite)
+    bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values)
+    lpips = Lpips(values["lpips"], values["threads"]) if values["lpips"] else None
+    report = _measure(bench, lpips, values["checkpoint"], quiet)
+    if output is not None:
+        _write(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if html is not None:
+        _write(html, render_page(report))
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    print_report(report, Console(width=width, highlight=False, markup=False, emoji=False))
+
+
+main.add_command(run)
+
+
+def _check_outputs(output: Path | None, html: Path | None, overwrite: bool) -> None:
+    """Refuse what could not be written, and what a page needs and is not there."""
+    for path in (output, html):
+        if path is not None:
+            check_output(path, overwrite)
+    if html is not None:
+        require("matplotlib", "bench")
+        if output is not None and output.resolve() == html.resolve():
+            raise ValueError(
+                f"{html}: expected a file of its own, got that of --output. Choose another name."
+            )
+
+
+def _prepare(pipeline: VideoPipeline, values: dict[str, Any]) -> Bench:
+    """Settle what is run, and refuse what cannot be."""
+    settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
+    bench = Bench(
+        pipeline,
+        choose_policies(pipeline, values["policies"], values["policy_option"]),
+        GenerationOptions(**settings),
+        _read_prompts(values["prompt"], values["prompts"]),
+        values["repeat"],
+    )
+    check_policies(bench)
+    if bench.decoder is not None:
+        require("skimage", "bench")
+    return bench
+
+
+def _read_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+    """The prompts of the flags, or the lines of the file that are not blank."""
+    if bool(given) == (file is not None):
+        raise click.UsageError("Missing option '--prompt' or '--prompts'. Give one of them.")
+    if file is None:
+        return given
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text, got: {error}. Save it as UTF-8.") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{file}: expected a prompt per line, got none. Write some.")
+    return prompts
+
+
+def _measure(
+    bench: Bench, lpips: Lpips | None, checkpoint: Path | None, quiet: bool
+) -> dict[str, Any]:
+    """Run everything, baseline included, and make the report."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(text, err=True)
+
+    def advance(name: str, turn: Turn) -> None:
+        say(f"turn {turn.repeat + 1}, prompt {turn.prompt + 1}, {name}: {turn.seconds:.2f} s")
+
+    with ExitStack() as stack:
+        baseline = None
+        if checkpoint is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            baseline = stack.enter_context(
+                DiffusersProcess(checkpoint, folder, bench.options, bench.pipeline.threads)
+            )
+        embeddings = encode_prompts(bench, say)
+        contenders = {
+            name: policy_contender(bench, policy, embeddings)
+            for name, policy in bench.policies.items()
+        }
+        if baseline is not None:
+            contenders[DIFFUSERS] = baseline.contender(bench.noise, embeddings)
+        turns = take_turns(contenders, len(bench.prompts), bench.repeats, advance)
+        say("comparing frames")
+        frames = (baseline.frames,) if baseline is not None else ()
+        judgement = judge_frames(bench, turns, lpips, *frames)
+        versions = None if baseline is None else baseline.versions
+    return build_report(bench, turns, judgement, versions, lpips is not None)
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_file(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")

@@ -1,0 +1,342 @@
+"""Runs policies in turns on the same noise and prompts: what each takes, and what it gives.
+
+`choose_policies` and `check_policies` refuse what cannot run, `take_turns` runs, `judge_frames`
+holds the frames against those of `none`. Neighbours: `mc-bench` asks, `bench_report` tells what
+came out; `bench_baseline` is diffusers as one more contender.
+"""
+
+__all__ = [
+    "Bench",
+    "Judgement",
+    "Turn",
+    "Turns",
+    "check_policies",
+    "choose_policies",
+    "encode_prompts",
+    "judge_frames",
+    "policy_contender",
+    "take_turns",
+]
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_runtime.fidelity import Fidelity, Lpips, compare_videos
+from mc_runtime.generation import Progress
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.run_plan import plan_run
+from mc_runtime.schedule import validate_options
+from mc_runtime.text import encode_prompt
+from mc_runtime.vae import VaeDecoder, to_uint8
+from motioncache import DecisionTrace, Policy
+
+REFERENCE = "none"
+REST_SECONDS = 0.05  # until the threads of the turn before, which spin for a while, are asleep
+WARMUP_ROWS = 3  # all that a run ever does is done in the first rows, but for its policy
+_KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
+
+Latents = NDArray[np.float32]
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is run.
+
+    Attributes:
+        pipeline: Of the bundle.
+        policies: By what the user calls them, such as `flowcache:slow`; `none` first.
+        options: Of every generation.
+        prompts: Every policy runs each of them.
+        repeats: How often it does.
+    """
+
+    pipeline: VideoPipeline
+    policies: Mapping[str, Policy]
+    options: GenerationOptions
+    prompts: Sequence[str]
+    repeats: int
+
+    @cached_property
+    def noise(self) -> Latents:
+        """What every run starts from: drawn from the seed as `mc-generate` does."""
+        grid, options = self.pipeline.grid, self.options
+        channels = self.pipeline.bundle.manifest.config["transformer"]["in_channels"]
+        height, width = (size // grid.spatial_factor for size in (options.height, options.width))
+        shape = channels, grid.latent_frames(options.num_frames), height, width
+        return np.random.default_rng(options.seed).standard_normal(shape, np.float32)
+
+    @property
+    def decoder(self) -> VaeDecoder | None:
+        """Makes frames; None where the bundle has no VAE."""
+        return self.pipeline.decoder if "vae" in self.pipeline.bundle.manifest.config else None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One run of a contender.
+
+    Attributes:
+        prompt: Number of the prompt.
+        repeat: Number of the repetition.
+        seconds: Of denoising, wall time.
+        latents: Of each chunk, (c, F, h, w), or of the video in one; of the first repetition alone.
+        trace: What was decided; None of diffusers, and only of the first repetition.
+        engine_seconds: The part of `seconds` in engines; None of diffusers.
+        policy_seconds: The part of `seconds` that the policy took; None of diffusers.
+    """
+
+    prompt: int
+    repeat: int
+    seconds: float
+    latents: Sequence[Latents]
+    trace: DecisionTrace | None = None
+    engine_seconds: float | None = None
+    policy_seconds: float | None = None
+
+
+# Runs a prompt by its number, for some rows or to the end.
+Contender = Callable[[int, int | None], Turn]
+
+
+@dataclass
+class Turns:
+    """Everything that was timed.
+
+    Attributes:
+        of: The turns of each contender, in the order of time.
+        reference_ms: Of a fixed matrix product before every turn and after the last: only another
+            program on the machine makes it vary.
+    """
+
+    of: dict[str, list[Turn]]
+    reference_ms: list[float] = field(default_factory=list)
+
+
+class _Enough(Exception):
+    """Ends a run that was only to warm up."""
+
+
+def choose_policies(pipeline: VideoPipeline, text: str, pairs: Iterable[str]) -> dict[str, Policy]:
+    """Make the policies that `--policies` and `--policy-option` ask for.
+
+    Args:
+        pipeline: Of the bundle, whose presets hold.
+        text: NAME or NAME:PRESET, with commas between.
+        pairs: NAME.FIELD=VALUE; a NAME without preset means every policy of that name.
+
+    Returns:
+        The policies by what they are called in `text`, `none` first.
+
+    Raises:
+        ValueError: One is named twice, unknown or incomplete, or an option is of no policy here.
+    """
+    specs = text.split(",")
+    twice = sorted({spec for spec in specs if specs.count(spec) > 1})
+    if twice:
+        raise ValueError(
+            f"policies: expected each once, got {', '.join(twice)} more than once. Leave it out."
+        )
+    specs = [REFERENCE, *(spec for spec in specs if spec != REFERENCE)]
+    options: dict[str, list[str]] = {spec: [] for spec in specs}
+    for pair in pairs:
+        target, dot, _ = pair.partition("=")[0].rpartition(".")
+        named = [spec for spec in specs if target in (spec, spec.partition(":")[0])]
+        if not dot or not named:
+            raise ValueError(
+                f"policy option: expected NAME.FIELD=VALUE with a NAME of {', '.join(specs)}, "
+                f"got '{pair}'. Write it like motioncache.threshold=0.1."
+            )
+        for spec in named:
+            options[spec].append(pair[len(target) + 1 :])
+    return {spec: pipeline.find_policy(spec, options[spec]) for spec in specs}
+
+
+def check_policies(bench: Bench) -> None:
+    """Refuse settings and policies that cannot run, before anything does.
+
+    Args:
+        bench: What is to be run.
+
+    Raises:
+        ValueError: As `VideoPipeline.generate`.
+    """
+    grid = bench.pipeline.grid
+    validate_options(bench.options, 0, grid)
+    shape = plan_run(bench.options, 0, grid).shape
+    for policy in bench.policies.values():
+        policy.check(shape)
+
+
+def encode_prompts(bench: Bench, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Encode every prompt, and the empty one for guidance, once for all turns.
+
+    Args:
+        bench: What is to be run.
+        note: Called with what the user should know, such as that a prompt was cut.
+
+    Returns:
+        For each prompt `prompt_embeds`, and with guidance `negative_prompt_embeds`.
+
+    Raises:
+        BundleError: The bundle has no text encoder.
+    """
+    encoder = bench.pipeline.text_encoder
+    limit = int(bench.pipeline.bundle.manifest.config["text_encoder"]["max_tokens"])
+    guided = bench.options.guidance_scale > 1
+    shared = {"negative_prompt_embeds": encode_prompt("", encoder, limit).embedding}
+    embeddings = []
+    for number, prompt in enumerate(bench.prompts, 1):
+        encoded = encode_prompt(prompt, encoder, limit)
+        if encoded.cut:
+            note(
+                f"prompt {number}: expected at most {limit} tokens, got {limit + encoded.cut}. "
+                f"The last {encoded.cut} were cut."
+            )
+        embeddings.append({"prompt_embeds": encoded.embedding, **(shared if guided else {})})
+    return embeddings
+
+
+def policy_contender(
+    bench: Bench, policy: Policy, embeddings: Sequence[Mapping[str, Any]]
+) -> Contender:
+    """Make a contender of a policy: it denoises, and does not decode."""
+
+    def run(prompt: int, rows: int | None) -> Turn:
+        def stop(progress: Progress) -> None:
+            if progress.row == rows:
+                raise _Enough
+
+        generation = bench.pipeline.generate(
+            **embeddings[prompt],
+            latents=bench.noise,
+            policy=policy,
+            decode=False,
+            callback=stop,
+            options=bench.options,
+        )
+        start, latents = time.perf_counter(), []
+        try:
+            latents = [chunk.latents for chunk in generation]
+        except _Enough:
+            pass
+        seconds = time.perf_counter() - start
+        trace = generation.trace
+        engine, decided = (
+            float(part.sum(dtype=np.float64)) / 1e3 for part in (trace.engine_ms, trace.policy_ms)
+        )
+        return Turn(prompt, 0, seconds, latents, trace, engine, decided)
+
+    return run
+
+
+def take_turns(
+    contenders: Mapping[str, Contender],
+    prompts: int,
+    repeats: int,
+    advance: Callable[[str, Turn], None] = lambda name, turn: None,
+) -> Turns:
+    """Run everything in turns, after a warm-up of each that is not counted.
+
+    Args:
+        contenders: By name. Each repetition begins with the next of them.
+        prompts: How many there are.
+        repeats: How often every contender runs each prompt.
+        advance: Called after every turn.
+
+    Returns:
+        The times, and what the first repetition gave.
+    """
+    names = list(contenders)
+    for contender in contenders.values():
+        contender(0, WARMUP_ROWS)
+    turns = Turns({name: [] for name in names})
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for prompt in range(prompts):
+            for name in names[first:] + names[:first]:
+                time.sleep(REST_SECONDS)
+                turns.reference_ms.append(_time_reference())
+                turn = replace(contenders[name](prompt, None), repeat=repeat)
+                if repeat:
+                    turn = replace(turn, latents=(), trace=None)
+                turns.of[name].append(turn)
+                advance(name, turn)
+    turns.reference_ms.append(_time_reference())
+    return turns
+
+
+def _time_reference() -> float:
+    """Milliseconds of some matrix products that are always the same."""
+    product = np.ones((_KERNEL_SIZE, _KERNEL_SIZE), np.float32)
+    factor = np.full_like(product, 1 / _KERNEL_SIZE)
+    start = time.perf_counter()
+    for _ in range(_KERNEL_PRODUCTS):
+        product = product @ factor
+    return 1e3 * (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How near the frames are; each list goes by prompt.
+
+    Attributes:
+        policies: Of each policy, against `none`.
+        none_to_diffusers: Of `none` against diffusers, where that ran and has a VAE.
+    """
+
+    policies: dict[str, list[Fidelity]]
+    none_to_diffusers: list[Fidelity]
+
+
+def judge_frames(
+    bench: Bench,
+    turns: Turns,
+    lpips: Lpips | None,
+    baseline_frames: Callable[[int], Frames | None] = lambda prompt: None,
+) -> Judgement:
+    """Decode what the first repetition gave and compare it; two videos are in memory at a time.
+
+    Args:
+        bench: What was run.
+        turns: Of every policy.
+        lpips: The graph for LPIPS.
+        baseline_frames: Those of diffusers by prompt, to hold `none` against.
+
+    Returns:
+        The scores; none without a VAE.
+    """
+    judgement = Judgement({name: [] for name in bench.policies}, [])
+    decoder = bench.decoder
+    if decoder is None:
+        return judgement
+    for prompt in range(len(bench.prompts)):
+        # The first repetition runs every prompt once, in order.
+        reference, chunks = _decode(decoder, turns.of[REFERENCE][prompt].latents)
+        for name in bench.policies:
+            frames = reference
+            if name != REFERENCE:
+                frames, _ = _decode(decoder, turns.of[name][prompt].latents)
+            judgement.policies[name].append(compare_videos(reference, frames, chunks, lpips))
+        theirs = baseline_frames(prompt)
+        if theirs is not None:
+            judgement.none_to_diffusers.append(compare_videos(theirs, reference, chunks, lpips))
+    return judgement
+
+
+def _decode(decoder: VaeDecoder, latents: Iterable[Latents]) -> tuple[Frames, list[slice]]:
+    """Frames of a video, and which of them each chunk has."""
+    state, parts = None, []
+    for chunk in latents:
+        pixels, state = decoder.decode(chunk, state)
+        parts.append(to_uint8(pixels))
+    ends = np.cumsum([0, *map(len, parts)]).tolist()
+    return np.concatenate(parts), [slice(*pair) for pair in pairwise(ends)]

@@ -1,0 +1,286 @@
+"""What `mc-bench run` measured, as numbers ready for JSON; `bench.schema.json` describes them.
+
+Neighbours: `bench_policies` measures, `flops` counts, `bench_page` shows the report.
+Ratios say how many times a baseline takes what the policy takes: 2 is twice as fast, half the work.
+"""
+
+__all__ = ["DIFFUSERS", "build_report", "read_schema"]
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mc_runtime.bench_policies import REFERENCE, Bench, Judgement, Turn, Turns
+from mc_runtime.fidelity import Fidelity
+from mc_runtime.flops import ModelFlops, Work, chunk_causal_work, count_work, plan_job, vanilla_work
+from motioncache import DecisionTrace, Policy
+from motioncache.options import format_options
+
+SCHEMA = "motioncache.bench/v1"
+BUSY_SPREAD = 1.3  # of the reference kernel's times, largest to smallest
+DIFFUSERS = "diffusers"  # a contender's name that no policy has
+_PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "scikit-image")
+_SCORES = ("psnr", "ssim", "lpips")
+_METHOD = (
+    "Seconds are those of denoising, without text encoder and decoding; the medians of all turns "
+    "are compared.",
+    "By FLOPs: what the speed-up would be if time went with the work.",
+    "A FLOP is one operation of a matrix product of the transformer, a multiply-add two; sampler, "
+    "text encoder and VAE are not counted. Padded tokens are.",
+    "Vanilla computes every chunk in every row, as diffusers does; none computes a chunk in the "
+    "rows in which it takes a step, and skips nothing else.",
+    "Outside the engines is what the loop, the policy and the set-up of a run take; the keys of "
+    "the prompt, computed once, count as set-up.",
+    "Frames are compared with those of none before they are encoded. PSNR is the mean over frames "
+    "that differ; the moving region is what moves in the frames of none.",
+)
+
+
+def read_schema() -> dict[str, Any]:
+    """Read the JSON Schema that every report follows."""
+    text = resources.files("mc_runtime").joinpath("bench.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Operations of a run, the mean over the prompts."""
+
+    work: Work
+    asked: int  # without the tokens that fill buckets
+
+    @classmethod
+    def of_traces(cls, flops: ModelFlops, traces: Sequence[DecisionTrace]) -> "_Counts":
+        works = [asdict(count_work(flops, trace, padded=True)) for trace in traces]
+        asked = [count_work(flops, trace, padded=False).total for trace in traces]
+        parts = {name: sum(work[name] for work in works) // len(works) for name in works[0]}
+        return cls(Work(**parts), sum(asked) // len(asked))
+
+
+def build_report(
+    bench: Bench,
+    turns: Turns,
+    judgement: Judgement,
+    diffusers_versions: Mapping[str, str] | None = None,
+    lpips: bool = False,
+) -> dict[str, Any]:
+    """Put together what was measured.
+
+    Args:
+        bench: What was run.
+        turns: The times, and traces of the first repetition.
+        judgement: How near the frames are.
+        diffusers_versions: Of the libraries behind the baseline, if that ran.
+        lpips: Whether LPIPS was measured.
+
+    Returns:
+        A report that follows `bench.schema.json`.
+    """
+    manifest = bench.pipeline.bundle.manifest
+    flops = ModelFlops.from_manifest(manifest.config["transformer"])
+    spread = max(turns.reference_ms) / min(turns.reference_ms)
+    busy = spread > BUSY_SPREAD
+    traces = {name: _traces(turns.of[name]) for name in bench.policies}
+    job = plan_job(bench.options, traces[REFERENCE][0].run["text_tokens"], 0, bench.pipeline.grid)
+    baselines = {
+        "every_chunk_every_row": vanilla_work(flops, job),
+        "chunk_causal": chunk_causal_work(flops, job),
+    }
+    policies = [
+        _describe_policy(name, policy, turns, traces[name], flops, baselines, judgement, spread)
+        for name, policy in bench.policies.items()
+    ]
+    report = {
+        "schema": SCHEMA,
+        "bundle": {
+            "path": str(bench.pipeline.bundle.path.absolute()),
+            "hash": bench.pipeline.bundle.model_hash,
+            "model": manifest.model,
+        },
+        "settings": asdict(bench.options),
+        "prompts": list(bench.prompts),
+        "repeats": bench.repeats,
+        "environment": _environment(bench.pipeline.threads),
+        "reference_kernel": {
+            "samples_ms": turns.reference_ms,
+            "spread": spread,
+            "limit": BUSY_SPREAD,
+            "busy": busy,
+        },
+        "baseline_flops": {name: work.to_json() for name, work in baselines.items()},
+        "policies": policies,
+        "diffusers": _describe_diffusers(turns, judgement, diffusers_versions),
+    }
+    return report | {"caveats": _list_caveats(bench, report, traces, lpips)}
+
+
+def _traces(turns: Sequence[Turn]) -> list[DecisionTrace]:
+    return [turn.trace for turn in turns if turn.trace is not None]
+
+
+def _median(turns: Sequence[Turn]) -> float:
+    return statistics.median(turn.seconds for turn in turns)
+
+
+def _describe_policy(
+    name: str,
+    policy: Policy,
+    turns: Turns,
+    traces: Sequence[DecisionTrace],
+    flops: ModelFlops,
+    baselines: Mapping[str, Work],
+    judgement: Judgement,
+    spread: float,
+) -> dict[str, Any]:
+    own, counts = turns.of[name], _Counts.of_traces(flops, traces)
+    speedup = _median(turns.of[REFERENCE]) / _median(own)
+    decided = [(trace.recompute >= 0).sum() for trace in traces]
+    reused = [(trace.recompute == 0).sum() for trace in traces]
+    engines = [(turn.engine_seconds or 0) / turn.seconds for turn in own]
+    return {
+        "policy": name,
+        "name": policy.name,
+        "preset": policy.preset,
+        "options": format_options(policy.config),
+        "samples": [_sample(turn) for turn in own],
+        "median_seconds": _median(own),
+        "speedup": speedup,
+        "verdict": None if name == REFERENCE else _judge_speed(speedup, spread),
+        "outside_engines_share": 1 - statistics.median(engines),
+        "policy_share": statistics.median((t.policy_seconds or 0) / t.seconds for t in own),
+        "flops": counts.work.to_json(),
+        "flops_ratio": {key: work.total / counts.work.total for key, work in baselines.items()},
+        "reuse_ratio": float(sum(reused) / sum(decided)),
+        "padding_waste": 1 - counts.asked / counts.work.total,
+        "fidelity": _describe_fidelity(judgement.policies[name]),
+    }
+
+
+def _sample(turn: Turn) -> dict[str, Any]:
+    own = {
+        "engine_seconds": turn.engine_seconds,
+        "policy_seconds": turn.policy_seconds,
+    }
+    times = {name: value for name, value in own.items() if value is not None}
+    return {"prompt": turn.prompt, "repeat": turn.repeat, "seconds": turn.seconds, **times}
+
+
+def _judge_speed(speedup: float, spread: float) -> str | None:
+    """A verdict only beyond what the machine itself varies, and none on a busy one."""
+    if spread > BUSY_SPREAD:
+        return None
+    if 1 / spread < speedup < spread:
+        return "no difference"
+    return "faster" if speedup > 1 else "slower"
+
+
+def _describe_fidelity(scores: Sequence[Fidelity]) -> dict[str, Any] | None:
+    """Scores of every prompt, and the mean of those that have one."""
+    if not scores:
+        return None
+    prompts = [fidelity.to_json() for fidelity in scores]
+    mean = {
+        region: {
+            "identical": sum(prompt["video"][region]["identical"] for prompt in prompts),
+            "frames": sum(prompt["video"][region]["frames"] for prompt in prompts),
+            **{key: _mean([p["video"][region][key] for p in prompts]) for key in _SCORES},
+        }
+        for region in ("whole", "moving")
+    }
+    return {"mean": mean, "prompts": prompts}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _describe_diffusers(
+    turns: Turns, judgement: Judgement, versions: Mapping[str, str] | None
+) -> dict[str, Any] | None:
+    if versions is None:
+        return None
+    theirs, ours = turns.of[DIFFUSERS], turns.of[REFERENCE]
+    errors = [
+        float(np.abs(np.concatenate(mine.latents, axis=1) - expected.latents[0]).max())
+        for mine, expected in zip(ours, theirs, strict=True)
+        if expected.repeat == 0
+    ]
+    return {
+        "versions": dict(versions),
+        "samples": [_sample(turn) for turn in theirs],
+        "median_seconds": _median(theirs),
+        "none_speedup": _median(theirs) / _median(ours),
+        "latents_max_difference": max(errors),
+        "none_fidelity": _describe_fidelity(judgement.none_to_diffusers),
+    }
+
+
+def _environment(threads: int | None) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": _cpu_name(),
+        "logical_cores": os.cpu_count() or 1,
+        "threads": threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _list_caveats(
+    bench: Bench,
+    report: Mapping[str, Any],
+    traces: Mapping[str, Sequence[DecisionTrace]],
+    lpips: bool,
+) -> list[str]:
+    """What a reader has to know before believing a number."""
+    caveats = list(_METHOD)
+    kernel, samples = report["reference_kernel"], bench.repeats * len(bench.prompts)
+    if kernel["busy"]:
+        caveats.append(
+            f"No verdict: the reference kernel varied by {kernel['spread']:.2f}, more than "
+            f"{BUSY_SPREAD}; the machine is busy with something else."
+        )
+    if samples < 3:
+        caveats.append(f"Turns of each policy: {samples}. Pass --repeat 3 or more for a median.")
+    if bench.decoder is None:
+        caveats.append("The bundle has no VAE, so there are no frames to compare.")
+    elif not lpips:
+        caveats.append("LPIPS was not measured: pass --lpips FILE.onnx.")
+    if len(bench.prompts) > 1:
+        caveats.append("FLOPs and scores are means over the prompts, frames are their sum.")
+    if report["diffusers"] is None:
+        caveats.append("How diffusers computes is counted, not timed: pass --baseline diffusers.")
+    else:
+        caveats.append("diffusers ran in a process of its own, in torch on the CPU.")
+    for name, own in traces.items():
+        shares = [reused for trace in own if (reused := trace.reused()) is not None]
+        if 0 in shares:
+            caveats.append(f"{name} reused no token after its warm-up: it changed nothing.")
+        elif max(shares, default=0) > 0.95:
+            caveats.append(f"{name} reused more than 95% of the tokens after its warm-up.")
+    return caveats
