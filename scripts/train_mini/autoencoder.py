@@ -1,14 +1,14 @@
 """Train the VAE of skyreels-mini: 4 times smaller each way and in time, 16 channels.
 
-`python -m scripts.train_mini.autoencoder` trains it, prints the PSNR on held-out clips, and writes
-`vae/` with one common scale of the latents. `encode_clips` is what `latents.py` caches with.
+`python -m scripts.train_mini.autoencoder` begins with the linear codec of `linear.py`, trains on,
+prints the PSNR on held-out clips, and writes `vae/` with one common scale of the latents whenever
+that PSNR is the best so far. `encode_clips` is what `latents.py` caches with.
 """
 
 __all__ = ["build_vae", "encode_clips", "load_vae", "measure_psnr", "to_video"]
 
 import argparse
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .job import OUT, begin_job, cosine, load_training, log, save_training
-from .linear import linear_only, restore_nonlinear
+from .linear import init_linear, linear_only, restore_nonlinear
 from .muon import build_optimizers, descend
 from .render import render_scene
 from .world import draw_scene
@@ -28,7 +28,8 @@ _POOL = 32  # clips in memory to cut from; one is replaced each step
 _HELD_OUT = 1_000_000  # seeds from here on are never trained on
 _KL_WEIGHT = 5e-5
 _SHAPES = (*3 * ((4, 13, 32),), (2, 17, 48))  # batch, frames, pixels; in turn
-_RATES = 0.02, 2e-3  # of Muon and of AdamW
+_RATES = 1e-3, 3e-4  # of Muon and of AdamW
+_MEASURED = 24, 9  # clips and frames that the linear codec is solved on
 
 
 def build_vae(latents_std: float = 1.0) -> AutoencoderKLWan:
@@ -109,55 +110,58 @@ def _compute_loss(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]
     return squared + 0.02 * difference.abs().mean() + _KL_WEIGHT * kl, squared.detach()
 
 
-def _export(vae: AutoencoderKLWan, latents_std: float) -> None:
-    whole = build_vae(latents_std)
-    whole.load_state_dict(vae.state_dict())
-    whole.half().save_pretrained(MODEL / "vae")
+def _export(vae: AutoencoderKLWan, best: float) -> float:
+    """Write the VAE if its held-out PSNR beats `best`; return the better of the two."""
+    psnr, latents_std = measure_psnr(vae)
+    log(held_out_psnr=psnr, latents_std=latents_std)
+    if psnr > best:
+        whole = build_vae(latents_std)
+        whole.load_state_dict(vae.state_dict())
+        whole.half().save_pretrained(MODEL / "vae")
+    return max(psnr, best)
 
 
-def train(linear_steps: int, steps: int) -> None:
-    """Train from the last checkpoint on; every 5 minutes write one and the model.
+def start_vae() -> AutoencoderKLWan:
+    """Return the VAE that training begins with: the linear codec inside the whole architecture."""
+    torch.manual_seed(0)
+    vae = build_vae()
+    clips, frames = _MEASURED
+    scenes = (draw_scene(seed) for seed in range(clips))
+    video = to_video(np.stack([render_scene(scene, frames).frames for scene in scenes]))
+    init_linear(vae, video)
+    with linear_only(vae):
+        log(linear_psnr=measure_psnr(vae)[0])
+    restore_nonlinear(vae, video)
+    return vae
+
+
+def train(steps: int) -> None:
+    """Train from the last checkpoint on; every 5 minutes write one and, if it is the best, the VAE.
 
     Args:
-        linear_steps: First steps, of the linear heart alone (`linear.py`).
         steps: Steps in all.
     """
     begin_job()
-    torch.manual_seed(0)
-    vae = build_vae()
-    optimizers = _build_optimizers(vae)
+    resumed = (OUT / _CHECKPOINT).exists()
+    vae = build_vae() if resumed else start_vae()
+    optimizers = build_optimizers(vae, *_RATES, others=("conv_in", "conv_out"))
     start = load_training(_CHECKPOINT, {"vae": vae}, optimizers)
+    best = measure_psnr(load_vae())[0] if resumed else _export(vae, best=0.0)
     rng, pool = np.random.default_rng(start), _Pool(10 * start)
     saved = time.monotonic()
     for step in range(start, steps):
-        video = pool.cut(rng, *_SHAPES[step % len(_SHAPES)])
-        linear = step < linear_steps
-        if step == linear_steps:
-            restore_nonlinear(vae, video)
-            optimizers = _build_optimizers(vae)
-        with linear_only(vae) if linear else nullcontext():
-            loss, squared = _compute_loss(vae, video)
-        phase = (step, linear_steps) if linear else (step - linear_steps, steps - linear_steps)
-        norm = descend(loss, vae, optimizers, cosine(*phase))
+        loss, squared = _compute_loss(vae, pool.cut(rng, *_SHAPES[step % len(_SHAPES)]))
+        norm = descend(loss, vae, optimizers, cosine(step, steps))
         if step % 20 == 0:
             psnr = -10 * (squared / 4).log10().item()
             log(step=step, loss=loss.item(), psnr=psnr, norm=norm)
-        if time.monotonic() - saved > 300 or step in (linear_steps - 1, steps - 1):
+        if time.monotonic() - saved > 300 or step == steps - 1:
             saved = time.monotonic()
             save_training(_CHECKPOINT, step + 1, {"vae": vae}, optimizers)
-            with linear_only(vae) if linear else nullcontext():
-                psnr, std = measure_psnr(vae)
-            log(step=step, held_out_psnr=psnr, latents_std=std)
-            _export(vae, std)
-
-
-def _build_optimizers(vae: AutoencoderKLWan) -> list[torch.optim.Optimizer]:
-    return build_optimizers(vae, *_RATES, others=("conv_in", "conv_out"))
+            best = _export(vae, best)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--linear-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=1500)
-    arguments = parser.parse_args()
-    train(arguments.linear_steps, arguments.steps)
+    parser.add_argument("--steps", type=int, default=3000)
+    train(parser.parse_args().steps)
