@@ -1,19 +1,21 @@
-"""What the policy decided for one guidance branch of a window, and what it remembers of it.
+"""What the policy decides for one guidance branch of a window, asked for and written down.
 
 Neighbours: `denoise` asks for the plan of a chunk's step and passes the motion of its output on;
-the functions behind it are those of `motioncache.Policy`.
+the functions behind it are those of `motioncache.Policy`, the record is a `DecisionTrace`.
 """
 
 __all__ = ["Decisions"]
 
-from collections.abc import Mapping
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motioncache import DistanceTable, Plan, Policy, RunShape, Scope
+from motioncache import DecisionTrace, DistanceTable, Plan, Policy, RunShape, Scope
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Decisions:
         policy: Decides.
         table: Distances of the run's steps.
         shape: Of the run.
+        trace: Of the run; every decision is written into it.
         window: Number of the window in the run.
         branch: 0 cond, 1 uncond.
         states: By chunk, or one under None for a policy that decides for a whole window.
@@ -33,6 +36,7 @@ class Decisions:
     policy: Policy
     table: DistanceTable
     shape: RunShape
+    trace: DecisionTrace
     window: int
     branch: int
     states: dict[int | None, Any] = field(default_factory=dict)
@@ -42,18 +46,36 @@ class Decisions:
         """Decide on the coming step of a chunk.
 
         Args:
-            row: Of the window.
+            row: Of the run.
             chunk: Of the window.
             steps: The step of every chunk that is active in this row, from 0.
 
         Returns:
             The plan. A chunk's first step is computed in full: it has no residual.
         """
-        if self.policy.scope == "window":
-            plan = self._plan_row(row, steps)
-        else:
-            plan = self._step(chunk, self.table.of_step(steps[chunk]))
-        return plan if steps[chunk] else Plan(np.ones(self.shape.tokens, np.bool_))
+        at = row, self.branch, chunk
+        with self._timed(at):
+            if self.policy.scope == "window":
+                plan = self._plan_row(row, steps)
+            else:
+                plan = self._step(chunk, self.table.of_step(steps[chunk]))
+            if steps[chunk] == 0:
+                plan = Plan(np.ones(self.shape.tokens, np.bool_))
+        self.trace.step[row, chunk] = steps[chunk] + 1
+        self.trace.recompute[at] = plan.recompute
+        self.trace.distance[at] = plan.distance
+        accumulated = np.asarray(plan.accumulated)
+        self.trace.accumulated[at] = accumulated.min(), accumulated.mean(), accumulated.max()
+        return plan
+
+    def observe(self, row: int, chunk: int, motion: NDArray[np.float32]) -> None:
+        """Show the policy the motion (F, P) of a step's output, and write its weights down."""
+        at = row, self.branch, chunk
+        with self._timed(at):
+            self.states[chunk] = self.policy.observe(self.states[chunk], motion)
+        weights = self.policy.weights(self.states[chunk])
+        if weights is not None:
+            self.trace.weights[at] = weights
 
     def _plan_row(self, row: int, steps: Mapping[int, int]) -> Plan:
         """Decide once for all chunks of a row."""
@@ -68,11 +90,10 @@ class Decisions:
         plan, self.states[chunk] = self.policy.plan_step(self.states[chunk], distance)
         return plan
 
-    def observe(self, chunk: int, motion: NDArray[np.float32]) -> None:
-        """Pass on the motion (F, P) of a step's output."""
-        self.states[chunk] = self.policy.observe(self.states[chunk], motion)
-
-    def weights(self, chunk: int) -> NDArray[np.float32] | None:
-        """Return the motion weights (L,) in force; None where there are none."""
-        state = self.states.get(chunk)
-        return None if state is None else self.policy.weights(state)
+    @contextmanager
+    def _timed(self, at: tuple[int, int, int]) -> Generator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.trace.policy_ms[at] += 1e3 * (time.perf_counter() - start)

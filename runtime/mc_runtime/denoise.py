@@ -28,7 +28,7 @@ from mc_runtime.rope import rope_tables
 from mc_runtime.sampler import SamplerState, SamplerTable, init_sampler, sampler_step
 from mc_runtime.schedule import StepMatrix
 from mc_runtime.transformer import Conditions, KeyCache, Transformer
-from motioncache import DecisionTrace, DistanceTable, Mode, Plan, Policy, RunShape
+from motioncache import DecisionTrace, DistanceTable, Mode, Policy, RunShape
 
 Latents = NDArray[np.float32]
 
@@ -173,7 +173,14 @@ class Window:
             number,
             request.contexts[number],
             KeyCache(request.transformer.config, chunks * self.tokens),
-            Decisions(request.policy, request.distances, request.shape, self.number, number),
+            Decisions(
+                request.policy,
+                request.distances,
+                request.shape,
+                request.trace,
+                self.number,
+                number,
+            ),
             self.histories[number],
         )
 
@@ -266,7 +273,7 @@ def _velocity(
 ) -> Latents:
     """The model's velocity for a chunk: reused tokens keep their residual, others are computed."""
     request, step, config = window.request, active[chunk], window.transformer.config
-    plan = _decide(window, branch, chunk, active)
+    plan = branch.decisions.plan(window.row, chunk, active)
     out = _block_output(window, branch, chunk, x, np.flatnonzero(plan.recompute), step)
     if plan.wants_motion:
         _observe(window, branch, chunk, out)
@@ -278,34 +285,12 @@ def _velocity(
     return unpatchify(patches, config.patch_size, shape)
 
 
-def _decide(window: Window, branch: _Branch, chunk: int, active: Mapping[int, int]) -> Plan:
-    """Ask the policy and write down what it says."""
-    trace, at = window.request.trace, (window.row, branch.number, chunk)
-    start = time.perf_counter()
-    plan = branch.decisions.plan(window.row, chunk, active)
-    trace.policy_ms[at] += 1e3 * (time.perf_counter() - start)
-    count = int(plan.recompute.sum())
-    trace.step[window.row, chunk] = active[chunk] + 1
-    trace.recompute[at] = plan.recompute
-    trace.mode[at] = Mode.FULL if count == window.tokens else Mode.PARTIAL if count else Mode.REUSE
-    trace.bucket[at] = window.transformer.bucket(count, window.tokens)
-    trace.distance[at] = plan.distance
-    accumulated = np.asarray(plan.accumulated)
-    trace.accumulated[at] = accumulated.min(), accumulated.mean(), accumulated.max()
-    return plan
-
-
 def _observe(window: Window, branch: _Branch, chunk: int, out: NDArray[np.float32]) -> None:
     """Show the policy how the output moves from frame to frame."""
-    trace, at, frames = window.request.trace, (window.row, branch.number, chunk), branch.last_frames
-    motion = window.transformer.motion(out, window.request.chunk_frames, frames.get(chunk - 1))
-    frames[chunk] = out[:, -motion.shape[1] :].copy()
-    start = time.perf_counter()
-    branch.decisions.observe(chunk, motion)
-    trace.policy_ms[at] += 1e3 * (time.perf_counter() - start)
-    weights = branch.decisions.weights(chunk)
-    if weights is not None:
-        trace.weights[at] = weights
+    before = branch.last_frames.get(chunk - 1)
+    motion = window.transformer.motion(out, window.request.chunk_frames, before)
+    branch.last_frames[chunk] = out[:, -motion.shape[1] :].copy()
+    branch.decisions.observe(window.row, chunk, motion)
 
 
 def _block_output(
@@ -317,7 +302,10 @@ def _block_output(
     step: int,
 ) -> NDArray[np.float32]:
     """Output of the last block for every token of a chunk; updates the branch's residual."""
-    if len(rows) == window.tokens:
+    whole = len(rows) == window.tokens
+    mode = Mode.FULL if whole else Mode.PARTIAL if len(rows) else Mode.REUSE
+    _write_pass(window, branch, chunk, mode, len(rows))
+    if whole:
         out = _recompute(window, branch, chunk, x, rows, step)
         branch.residuals[chunk] = out - x
         return out
@@ -328,6 +316,13 @@ def _block_output(
         out[:, rows] = y
         residual[:, rows] = y - x[:, rows]
     return out
+
+
+def _write_pass(window: Window, branch: _Branch, chunk: int, mode: Mode, tokens: int) -> None:
+    """Write down which pass is made, and how many tokens go through the blocks."""
+    trace, at = window.request.trace, (window.row, branch.number, chunk)
+    trace.mode[at] = mode
+    trace.bucket[at] = window.transformer.bucket(tokens, window.tokens)
 
 
 def _freeze(window: Window, chunk: int) -> None:
@@ -343,8 +338,7 @@ def _freeze(window: Window, chunk: int) -> None:
     with _timed(window, 0, chunk):
         x = _embed(window, (window.prefix if is_prefix else window.latents)[:, frames])
     for branch in window.branches:
-        at = window.row, branch.number, chunk
-        request.trace.mode[at], request.trace.bucket[at] = Mode.CLEAN, window.tokens
+        _write_pass(window, branch, chunk, Mode.CLEAN, window.tokens)
         with _timed(window, branch.number, chunk):
             _recompute(window, branch, chunk, x, np.arange(window.tokens), row)
 
