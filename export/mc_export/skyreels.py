@@ -314,10 +314,11 @@ class Motion(Island):
         """Compare out (1, F, P, C) with the frames before, the first with previous (1, P, C).
 
         Returns:
-            mean |h[f] - h[f-1]| / (mean |h[f-1]| + 1e-8), means over channels; shape (F, P).
+            mean |h[f] - h[f-1]| / max(mean |h[f-1]|, 1e-8), means over channels; shape (F, P). The
+            published code adds 1e-8 instead; onnxscript 0.7.2 drops so small a summand.
         """
         before = torch.cat([previous[:, None], out[:, :-1]], dim=1)
-        change = (out - before).abs().mean(-1) / (before.abs().mean(-1) + MOTION_EPSILON)
+        change = (out - before).abs().mean(-1) / before.abs().mean(-1).clamp(min=MOTION_EPSILON)
         return change.squeeze(0)
 
 

@@ -180,6 +180,14 @@ def test_motion_against_its_formula(tiny):
     np.testing.assert_allclose(alone[0], expected[1], rtol=1e-5)
 
 
+def test_motion_after_a_frame_of_zeros_is_finite(tiny):
+    """The graph keeps the small number that the formula has beside the mean."""
+    out, zeros = np.ones((1, 5 * 6, 64), np.float32), np.zeros((1, 6, 64), np.float32)
+    found = tiny.transformer.motion(out, 5, zeros)
+    np.testing.assert_allclose(found[0], 1e8, rtol=1e-5)
+    assert not found[1:].any()
+
+
 def test_a_trace_of_another_bundle_is_refused(tiny, golden_case):
     trace = generate(tiny, "none").trace
     with pytest.raises(ValueError) as error:
