@@ -28,7 +28,7 @@ _POOL = 32  # clips in memory to cut from; one is replaced each step
 _HELD_OUT = 1_000_000  # seeds from here on are never trained on
 _KL_WEIGHT = 5e-5
 _SHAPES = (*3 * ((4, 13, 32),), (2, 17, 48))  # batch, frames, pixels; in turn
-_RATES = 1e-3, 3e-4  # of Muon and of AdamW
+_RATES = 3e-4, 5e-5  # of Muon and of AdamW; higher ones tear the linear codec apart
 _MEASURED = 24, 9  # clips and frames that the linear codec is solved on
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 _BLOCK = 12  # values of a 2 x 2 block of pixels
 _OFFSET = 12.0  # constant before the last norms, in standard deviations of the signal
-_GAIN = 4.0  # the activation is nearly linear around it
+_GAIN = 0.5  # of the constant behind the norm; what it adds to both of a pair cancels
 _LOGVAR = -7.0  # of the posterior to begin with; the latents have unit variance
 
 
@@ -220,7 +220,8 @@ def restore_nonlinear(vae: AutoencoderKLWan, video: Tensor) -> None:
     """Let the whole VAE compute nearly what `linear_only` made it compute.
 
     Residual branches start at zero. A large constant joins the signal before the last norm of each
-    half; the norm then divides by the constant, and the activation works where it is straight.
+    half; the norm then divides by the constant. What is left of the activation's curve cancels in
+    the difference of a pair.
 
     Args:
         vae: Initialised by `init_linear`.
