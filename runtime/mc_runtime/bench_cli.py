@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 
 from mc_engines.command import command
@@ -31,7 +32,7 @@ from mc_runtime.bench_policies import (
     take_turns,
 )
 from mc_runtime.bench_report import DIFFUSERS, build_report
-from mc_runtime.fidelity import Lpips
+from mc_runtime.fidelity import Lpips, compare_videos
 from mc_runtime.generate_cli import setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.output_file import check_output, replace_file
@@ -94,6 +95,7 @@ def run(
     _check_outputs(output, html, overwrite)
     bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values)
     lpips = Lpips(values["lpips"], values["threads"]) if values["lpips"] else None
+    _rehearse_judging(bench, lpips)
     report = _measure(bench, lpips, values["checkpoint"], quiet)
     if output is not None:
         _write(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -130,9 +132,14 @@ def _prepare(pipeline: VideoPipeline, values: dict[str, Any]) -> Bench:
         values["repeat"],
     )
     check_policies(bench)
-    if bench.decoder is not None:
-        require("skimage", "bench")
     return bench
+
+
+def _rehearse_judging(bench: Bench, lpips: Lpips | None) -> None:
+    """Judge a black frame: what would fail after the runs, such as too small frames, fails now."""
+    if bench.decoder is not None:
+        black = np.zeros((1, bench.options.height, bench.options.width, 3), np.uint8)
+        compare_videos(black, black, lpips=lpips)
 
 
 def _read_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

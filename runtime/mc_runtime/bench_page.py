@@ -117,8 +117,9 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
 
 def _count(flops: float) -> str:
     """Operations with a prefix, three digits: 1.23G."""
+    flops = float(f"{flops:.3g}")  # first, or 999.9 k would become 1e+03 k
     power = min(int(math.log10(flops)) // 3, 6) if flops >= 1 else 0
-    return f"{flops / 1000**power:.3g}{'kMGTPE'[power - 1] if power else ''}"
+    return f"{flops / 1000**power:.3g}{' kMGTPE'[power].strip()}"
 
 
 def print_report(report: Report, console: Console) -> None:

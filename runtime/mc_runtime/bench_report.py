@@ -131,6 +131,12 @@ def _median(turns: Sequence[Turn]) -> float:
     return statistics.median(turn.seconds for turn in turns)
 
 
+def _share(turns: Sequence[Turn], part: str) -> float:
+    """What a part of each turn takes of it, the median."""
+    share: float = statistics.median(getattr(turn, part) / turn.seconds for turn in turns)
+    return share
+
+
 def _describe_policy(
     name: str,
     policy: Policy,
@@ -145,7 +151,6 @@ def _describe_policy(
     speedup = _median(turns.of[REFERENCE]) / _median(own)
     decided = [(trace.recompute >= 0).sum() for trace in traces]
     reused = [(trace.recompute == 0).sum() for trace in traces]
-    engines = [(turn.engine_seconds or 0) / turn.seconds for turn in own]
     return {
         "policy": name,
         "name": policy.name,
@@ -155,8 +160,8 @@ def _describe_policy(
         "median_seconds": _median(own),
         "speedup": speedup,
         "verdict": None if name == REFERENCE else _judge_speed(speedup, spread),
-        "outside_engines_share": 1 - statistics.median(engines),
-        "policy_share": statistics.median((t.policy_seconds or 0) / t.seconds for t in own),
+        "outside_engines_share": 1 - _share(own, "engine_seconds"),
+        "policy_share": _share(own, "policy_seconds"),
         "flops": counts.work.to_json(),
         "flops_ratio": {key: work.total / counts.work.total for key, work in baselines.items()},
         "reuse_ratio": float(sum(reused) / sum(decided)),
@@ -166,12 +171,9 @@ def _describe_policy(
 
 
 def _sample(turn: Turn) -> dict[str, Any]:
-    own = {
-        "engine_seconds": turn.engine_seconds,
-        "policy_seconds": turn.policy_seconds,
-    }
-    times = {name: value for name, value in own.items() if value is not None}
-    return {"prompt": turn.prompt, "repeat": turn.repeat, "seconds": turn.seconds, **times}
+    names = ("prompt", "repeat", "seconds", "engine_seconds", "policy_seconds")
+    values = {name: getattr(turn, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _judge_speed(speedup: float, spread: float) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mc_runtime import bench_baseline, bench_cli, bench_policies
+from mc_runtime import bench_baseline, bench_cli, bench_page, bench_policies
 from mc_runtime.bench_cli import main
 from mc_runtime.bench_page import draw_plot, render_page
 from mc_runtime.bench_policies import Bench
@@ -344,6 +344,28 @@ def test_wrong_use_is_refused_before_anything_runs(
     result = bench(tiny_bundle, *SIZES, *(text.format(**words) for text in arguments), code=2)
     assert result.stderr.endswith(message.format(**words) + "\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_frames_that_cannot_be_judged_are_refused_before_anything_runs(
+    tiny_bundle, tmp_path, monkeypatch
+):
+    class Refusing(FakeLpips):
+        def distance(self, reference, test):
+            raise ValueError(f"frames: expected larger ones, got {reference.shape}.")
+
+    monkeypatch.setattr(bench_cli, "encode_prompts", pytest.fail)
+    monkeypatch.setattr(bench_cli, "Lpips", Refusing)
+    (tmp_path / "lpips.onnx").write_text("graph")
+    result = bench(tiny_bundle, *SIZES, "--prompt=a", "--lpips", tmp_path / "lpips.onnx", code=2)
+    assert result.stderr == "frames: expected larger ones, got (1, 64, 64, 3).\n"
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [(0, "0"), (999, "999"), (999_600, "1M"), (1234, "1.23k"), (113.6e15, "114P")],
+)
+def test_operations_have_three_digits_and_a_prefix(flops, text):
+    assert bench_page._count(flops) == text
 
 
 def test_prompts_come_from_the_lines_of_a_file(tiny_bundle, tmp_path):
