@@ -67,7 +67,7 @@ def main() -> None:
 @click.option("--prompt", multiple=True, help="What to show; can be repeated.")
 @click.option("--prompts", type=INPUT, help="A text file with a prompt per line.")
 @click.option(
-    "--repeat",
+    "--rounds",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
@@ -129,7 +129,7 @@ def _prepare(pipeline: VideoPipeline, values: dict[str, Any]) -> Bench:
         choose_policies(pipeline, values["policies"], values["policy_option"]),
         GenerationOptions(**settings),
         _read_prompts(values["prompt"], values["prompts"]),
-        values["repeat"],
+        values["rounds"],
     )
     check_policies(bench)
     return bench
@@ -168,7 +168,7 @@ def _measure(
             click.echo(text, err=True)
 
     def advance(name: str, turn: Turn) -> None:
-        say(f"turn {turn.repeat + 1}, prompt {turn.prompt + 1}, {name}: {turn.seconds:.2f} s")
+        say(f"turn {turn.round + 1}, prompt {turn.prompt + 1}, {name}: {turn.seconds:.2f} s")
 
     with ExitStack() as stack:
         baseline = None
@@ -184,7 +184,7 @@ def _measure(
         }
         if baseline is not None:
             contenders[DIFFUSERS] = baseline.contender(bench.noise, embeddings)
-        turns = take_turns(contenders, len(bench.prompts), bench.repeats, advance)
+        turns = take_turns(contenders, len(bench.prompts), bench.rounds, advance)
         say("comparing frames")
         frames = (baseline.frames,) if baseline is not None else ()
         judgement = judge_frames(bench, turns, lpips, *frames)

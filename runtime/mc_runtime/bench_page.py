@@ -181,7 +181,7 @@ def _facts(report: Report) -> dict[str, str]:
     return {
         "bundle": f"{report['bundle']['path']}, {report['bundle']['hash'][:12]}",
         **{f"prompt {n}": prompt for n, prompt in enumerate(report["prompts"], 1)},
-        "repeats": str(report["repeats"]),
+        "rounds": str(report["rounds"]),
         **{name: str(value) for name, value in report["settings"].items()},
         **{
             f"policy {entry['policy']}": ", ".join(entry["options"]) or "no settings"

@@ -56,14 +56,14 @@ class Bench:
         policies: By what the user calls them, such as `flowcache:slow`; `none` first.
         options: Of every generation.
         prompts: Every policy runs each of them.
-        repeats: How often it does.
+        rounds: How often it does.
     """
 
     pipeline: VideoPipeline
     policies: Mapping[str, Policy]
     options: GenerationOptions
     prompts: Sequence[str]
-    repeats: int
+    rounds: int
 
     @cached_property
     def noise(self) -> Latents:
@@ -86,7 +86,7 @@ class Turn:
 
     Attributes:
         prompt: Number of the prompt.
-        repeat: Number of the repetition.
+        round: Number of the repetition.
         seconds: Of denoising, wall time.
         latents: Of each chunk, (c, F, h, w), or of the video in one; of the first repetition alone.
         trace: What was decided; None of diffusers, and only of the first repetition.
@@ -95,7 +95,7 @@ class Turn:
     """
 
     prompt: int
-    repeat: int
+    round: int
     seconds: float
     latents: Sequence[Latents]
     trace: DecisionTrace | None = None
@@ -241,7 +241,7 @@ def policy_contender(
 def take_turns(
     contenders: Mapping[str, Contender],
     prompts: int,
-    repeats: int,
+    rounds: int,
     advance: Callable[[str, Turn], None] = lambda name, turn: None,
 ) -> Turns:
     """Run everything in turns, after a warm-up of each that is not counted.
@@ -249,7 +249,7 @@ def take_turns(
     Args:
         contenders: By name. Each repetition begins with the next of them.
         prompts: How many there are.
-        repeats: How often every contender runs each prompt.
+        rounds: How often every contender runs each prompt.
         advance: Called after every turn.
 
     Returns:
@@ -259,14 +259,14 @@ def take_turns(
     for contender in contenders.values():
         contender(0, WARMUP_ROWS)
     turns = Turns({name: [] for name in names})
-    for repeat in range(repeats):
-        first = repeat % len(names)
+    for number in range(rounds):
+        first = number % len(names)
         for prompt in range(prompts):
             for name in names[first:] + names[:first]:
                 time.sleep(REST_SECONDS)
                 turns.reference_ms.append(_time_reference())
-                turn = replace(contenders[name](prompt, None), repeat=repeat)
-                if repeat:
+                turn = replace(contenders[name](prompt, None), round=number)
+                if number:
                     turn = replace(turn, latents=(), trace=None)
                 turns.of[name].append(turn)
                 advance(name, turn)

@@ -108,7 +108,7 @@ def build_report(
         },
         "settings": asdict(bench.options),
         "prompts": list(bench.prompts),
-        "repeats": bench.repeats,
+        "rounds": bench.rounds,
         "environment": _environment(bench.pipeline.threads),
         "reference_kernel": {
             "samples_ms": turns.reference_ms,
@@ -171,7 +171,7 @@ def _describe_policy(
 
 
 def _sample(turn: Turn) -> dict[str, Any]:
-    names = ("prompt", "repeat", "seconds", "engine_seconds", "policy_seconds")
+    names = ("prompt", "round", "seconds", "engine_seconds", "policy_seconds")
     values = {name: getattr(turn, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -215,7 +215,7 @@ def _describe_diffusers(
     errors = [
         float(np.abs(np.concatenate(mine.latents, axis=1) - expected.latents[0]).max())
         for mine, expected in zip(ours, theirs, strict=True)
-        if expected.repeat == 0
+        if expected.round == 0
     ]
     return {
         "versions": dict(versions),
@@ -261,14 +261,14 @@ def _list_caveats(
 ) -> list[str]:
     """What a reader has to know before believing a number."""
     caveats = list(_METHOD)
-    kernel, samples = report["reference_kernel"], bench.repeats * len(bench.prompts)
+    kernel, samples = report["reference_kernel"], bench.rounds * len(bench.prompts)
     if kernel["busy"]:
         caveats.append(
             f"No verdict: the reference kernel varied by {kernel['spread']:.2f}, more than "
             f"{BUSY_SPREAD}; the machine is busy with something else."
         )
     if samples < 3:
-        caveats.append(f"Turns of each policy: {samples}. Pass --repeat 3 or more for a median.")
+        caveats.append(f"Turns of each policy: {samples}. Pass --rounds 3 or more for a median.")
     if bench.decoder is None:
         caveats.append("The bundle has no VAE, so there are no frames to compare.")
     elif not lpips:

@@ -313,6 +313,7 @@ def test_the_manifest_says_what_a_program_must_know():
         "rope_axes": [44, 42, 42],
         "rope_max_positions": 1024,
         "key_layout": "half_split",
+        "token_buckets": [0.25, 0.4, 0.5, 0.75, 1.0],
     }
     assert not describe_transformer(PUBLISHED["skyreels-df-14b-540p"].transformer)["fps_embedding"]
 

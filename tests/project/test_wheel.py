@@ -50,7 +50,8 @@ def test_it_holds_the_four_packages_with_their_types_and_nothing_else(
     expected = {f"{package}/py.typed" for package in PACKAGES} | {
         path.relative_to(outer).as_posix()
         for package, outer in PACKAGES.items()
-        for path in (outer / package).rglob("*.py")
+        for pattern in ("*.py", "*.schema.json")
+        for path in (outer / package).rglob(pattern)
     }
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
@@ -65,7 +66,9 @@ def test_its_commands(wheel: dict[str, str]) -> None:
     entries = ConfigParser()
     entries.read_string(next(wheel[name] for name in wheel if name.endswith("entry_points.txt")))
     assert entries.sections() == ["console_scripts"]
-    assert set(entries["console_scripts"]) == {"mc-export", "mc-generate", "mc-inspect"}
+    assert set(entries["console_scripts"]) == {
+        f"mc-{verb}" for verb in ("bench", "calibrate", "export", "generate", "inspect")
+    }
 
 
 def requirements(metadata: Message, extra: str = "") -> set[str]:
@@ -106,7 +109,7 @@ def syntax_trees(package: str) -> list[ast.Module]:
 
 def distributions(modules: set[str]) -> set[str]:
     known = packages_distributions()
-    return {normalize(known[module][0]) for module in modules}
+    return {normalize(known[module.partition(".")[0]][0]) for module in modules}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

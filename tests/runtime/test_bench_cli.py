@@ -60,7 +60,7 @@ def measured(tiny_bundle, tmp_path_factory):
         patch.setattr(bench_cli, "Lpips", FakeLpips)
         prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
         lpips = ("--lpips", folder / "lpips.onnx")
-        result = bench(tiny_bundle, *POLICIES, *SIZES, *prompts, "--repeat=2", *lpips, *outputs)
+        result = bench(tiny_bundle, *POLICIES, *SIZES, *prompts, "--rounds=2", *lpips, *outputs)
     return folder, result
 
 
@@ -112,7 +112,7 @@ def test_ratios_and_shares_follow_from_the_samples(report):
     none = [sample["seconds"] for sample in report["policies"][0]["samples"]]
     for entry in report["policies"]:
         samples = entry["samples"]
-        turns = [(sample["repeat"], sample["prompt"]) for sample in samples]
+        turns = [(sample["round"], sample["prompt"]) for sample in samples]
         assert turns == [(0, 0), (0, 1), (1, 0), (1, 1)]
         seconds = [sample["seconds"] for sample in samples]
         assert entry["median_seconds"] == median(seconds)
@@ -224,7 +224,7 @@ def test_the_plot_has_a_point_per_policy_and_region(report):
 def run_quickly(bundle, tmp_path, *arguments):
     """One turn of `none`; return the report."""
     path = tmp_path / "report.json"
-    bench(bundle, *SIZES, "--prompt=a", "--repeat=1", "--quiet", "-o", path, *arguments)
+    bench(bundle, *SIZES, "--prompt=a", "--rounds=1", "--quiet", "-o", path, *arguments)
     report = json.loads(path.read_text())
     validate(report)
     return report
@@ -372,7 +372,7 @@ def test_prompts_come_from_the_lines_of_a_file(tiny_bundle, tmp_path):
     (tmp_path / "prompts.txt").write_text("grüner Vogel\n\n  a circle \n", encoding="utf-8")
     path = tmp_path / "report.json"
     file = ("--prompts", tmp_path / "prompts.txt")
-    result = bench(tiny_bundle, *SIZES, *file, "--repeat=1", "--quiet", "-o", path)
+    result = bench(tiny_bundle, *SIZES, *file, "--rounds=1", "--quiet", "-o", path)
     assert json.loads(path.read_text())["prompts"] == ["grüner Vogel", "a circle"]
     assert result.stderr == ""
 

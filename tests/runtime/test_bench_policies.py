@@ -127,9 +127,9 @@ def test_each_repetition_begins_with_the_next_contender(monkeypatch):
     assert seen == [name for name, _, _ in log[3:]]
     assert len(turns.reference_ms) == 4 * 6 + 1
     assert min(turns.reference_ms) > 0
-    kept = [(turn.prompt, turn.repeat, turn.latents, turn.trace) for turn in turns.of["b"]]
+    kept = [(turn.prompt, turn.round, turn.latents, turn.trace) for turn in turns.of["b"]]
     assert kept[:2] == [(0, 0, ["b0"], "trace"), (1, 0, ["b1"], "trace")]
-    assert kept[2:] == [(prompt, repeat, (), None) for repeat in (1, 2, 3) for prompt in (0, 1)]
+    assert kept[2:] == [(prompt, number, (), None) for number in (1, 2, 3) for prompt in (0, 1)]
 
 
 @pytest.mark.parametrize("guidance", [6.0, 1.0])

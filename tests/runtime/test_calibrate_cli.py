@@ -90,7 +90,7 @@ def test_the_preset_is_found_and_reaches_its_target_again(bundle, two_prompts):
     assert preset["reached"]["wall_ratio"] > 0
     for fact in (
         *("2 prompts, sha256 ", "seeds 7 to 8", "height 32, width 32", "num_inference_steps 8"),
-        *("guidance_scale 6.0", "R-squared ", before.model_hash, "numpy ", "mc-calibrate "),
+        *("guidance_scale 6.0", "R-squared ", before.model_hash, "numpy ", "mc-calibrate"),
     ):
         assert fact in preset["source"]
     assert result.stdout.count("kept") == 1
