@@ -117,6 +117,7 @@ class Policy:
         reset_history: Whether a new window forgets the last frames that motion is measured from.
         config: What was bound; None for `none`.
         preset: Name of the preset the configuration came from.
+        made_for_steps: Steps of a chunk that the preset was made for, where that is known.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Policy:
     reset_history: bool = True
     config: Any = None
     preset: str | None = None
+    made_for_steps: int | None = None
 
 
 def none() -> Policy:

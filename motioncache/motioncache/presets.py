@@ -48,6 +48,7 @@ class Preset:
         source: Where the settings come from.
         models: Published configurations it holds for; empty for the bundle that carries it.
         family: Of the models it holds for.
+        steps: Denoising steps of a chunk that it was made for; None where that is not known.
         reached: What it reached where it was made, such as a speed-up and a PSNR.
     """
 
@@ -58,6 +59,7 @@ class Preset:
     source: str
     models: tuple[str, ...] = ()
     family: str = "skyreels"
+    steps: int | None = None
     reached: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,13 +105,15 @@ _WAN_1_3B = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.998756
 _WAN_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1)
 _SMALL = ("skyreels-df-1.3b-540p",)
 _LARGE = ("skyreels-df-14b-540p", "skyreels-df-14b-720p")
+_STEPS = 50  # of both papers' measurements
 _FLOWCACHE = "FlowCache (mikeallen39/FlowCache 1fdfa57), run_flowcache_{}.sh"
 
 
 def _published_flowcache(name: str, threshold: float, large: bool) -> Preset:
     options = {"threshold": threshold, "coefficients": _WAN_14B if large else _WAN_1_3B}
     models = _LARGE if large else _SMALL
-    return Preset("flowcache", name, options, "published", _FLOWCACHE.format(name), models)
+    source = _FLOWCACHE.format(name)
+    return Preset("flowcache", name, options, "published", source, models, steps=_STEPS)
 
 
 PUBLISHED = (
@@ -126,8 +130,9 @@ PUBLISHED = (
         "MotionCache (ywlq/MotionCache a8d2a47), run_vbench.sh; whether it is the paper's slow or "
         "fast setting is not known",
         _SMALL,
+        steps=_STEPS,
     ),
-)  # fmt: skip
+)
 
 
 def list_presets(model: str | None, stored: Mapping[str, Any]) -> dict[str, Preset]:
@@ -183,7 +188,7 @@ def choose_policy(
     options = dict(preset.options) if preset else {}
     options |= parse_options(POLICIES[name].config_type, pairs)
     policy = make_policy(name, options)
-    return replace(policy, preset=preset.name) if preset else policy
+    return replace(policy, preset=preset.name, made_for_steps=preset.steps) if preset else policy
 
 
 def make_policy(name: str, options: Mapping[str, Any]) -> Policy:

@@ -353,11 +353,8 @@ def _row(trial: Trial) -> str:
 def _make_preset(job: _Job, texts: Sequence[str], result: _Result) -> Preset:
     """The settings, with where they come from."""
     best, policy = result.best, job.make_policy(result.best.threshold, result.fit.coefficients)
-    reached = {
-        "psnr": None if best.psnr in (None, np.inf) else best.psnr,
-        "flops_speedup": best.speedup,
-        "wall_ratio": best.wall_ratio,
-    }
+    psnr = None if best.psnr in (None, np.inf) else best.psnr
+    reached = {"psnr": psnr, "flops_speedup": best.speedup, "wall_ratio": best.wall_ratio}
     return Preset(
         job.policy,
         job.key.partition(":")[2],
@@ -365,6 +362,7 @@ def _make_preset(job: _Job, texts: Sequence[str], result: _Result) -> Preset:
         "calibrated",
         _describe_source(job, texts, result, policy),
         family=job.pipeline.bundle.manifest.family,
+        steps=job.options.num_inference_steps,
         reached=reached,
     )
 
@@ -395,6 +393,6 @@ def _store(preset: Preset, manifest: Manifest) -> Manifest:
 
 def _command_line(job: _Job, preset: Preset) -> str:
     """A line that uses the preset, with as many steps as it was made for."""
-    steps = str(job.options.num_inference_steps)
     line = ["mc-generate", str(job.pipeline.bundle.path), "--policy", preset.key]
-    return shlex.join([*line, "--num-inference-steps", steps, "--prompt", "...", "-o", "video.mp4"])
+    steps = ["--num-inference-steps", str(preset.steps)]
+    return shlex.join([*line, *steps, "--prompt", "...", "-o", "video.mp4"])

@@ -26,7 +26,7 @@ from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
 from mc_runtime.transformer import Transformer, open_transformer
 from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
-from motioncache import DecisionTrace, Policy, choose_policy, replay
+from motioncache import DecisionTrace, Policy, RunShape, choose_policy, replay
 
 FAMILY = "skyreels"
 IMAGE_REFUSED = (
@@ -187,7 +187,7 @@ class VideoPipeline:
         validate_options(chosen, prefix, self.grid)
         chosen_policy = self.find_policy(policy)
         plan = plan_run(chosen, prefix, self.grid)
-        chosen_policy.check(plan.shape)
+        _check_policy(chosen_policy, plan.shape, note)
         decoder = self.decoder if decode else None
         noise = self._noise(latents, chosen)
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
@@ -296,6 +296,16 @@ class VideoPipeline:
                 f"The last {encoded.cut} were cut."
             )
         return encoded.embedding
+
+
+def _check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
+    """Refuse a policy that does not fit the run; note one that was made for another."""
+    policy.check(shape)
+    if policy.made_for_steps not in (None, shape.steps):
+        note(
+            f"{policy.name}:{policy.preset}: expected {policy.made_for_steps} steps, for which the "
+            f"preset was made, got {shape.steps}. Run mc-calibrate with these."
+        )
 
 
 def _pick_texts(

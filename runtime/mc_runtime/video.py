@@ -21,6 +21,7 @@ from mc_runtime.output_file import hidden_path, write_failure
 _SCALING = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 # H.264's codes for BT.709 primaries, transfer and matrix (all 1), and for limited range.
 _BT709, _LIMITED_RANGE = 1, 1
+_PROCESSOR = Path("/proc/cpuinfo")
 
 
 class VideoWriter:
@@ -58,7 +59,7 @@ class VideoWriter:
         self._stream = self._container.add_stream(
             "libx264",
             rate=fps,
-            options={"preset": "medium", "crf": "18", "flags": "+bitexact"},
+            options={"preset": "medium", "crf": "18", "flags": "+bitexact", **_without_avx512()},
         )
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         # x264's output depends on its number of threads, which by default follows the machine.
@@ -217,6 +218,16 @@ def _to_pixels(av: Any, frames: deque[Any], width: int, height: int) -> NDArray[
         graph.push(frame)
         pixels.append(np.rot90(graph.pull().to_ndarray(), turns))
     return np.stack(pixels)
+
+
+def _without_avx512() -> dict[str, str]:
+    """Options that keep x264 to AVX2 where it would use AVX-512.
+
+    With AVX-512, the x264 of PyAV 18.1 gave other bytes for the same frames in one run of four,
+    in a process that also ran ONNX Runtime; with AVX2 in none of 400.
+    """
+    known = _PROCESSOR.read_text(errors="replace") if _PROCESSOR.exists() else ""
+    return {"x264-params": "asm=avx2"} if "avx512f" in known else {}
 
 
 def _link(graph: Any, source: Any, *filters: tuple[str, str]) -> None:

@@ -205,3 +205,18 @@ def test_a_preset_in_the_manifest_does_not_change_the_model(tiny):
     bundle = replace(tiny.bundle, manifest=manifest)
     assert bundle.model_hash == tiny.bundle.model_hash
     assert VideoPipeline(bundle).find_policy("flowcache").preset == "calibrated"
+
+
+def test_a_preset_for_other_steps_is_noted(tiny):
+    rule = SETTINGS["flowcache"]
+    preset = Preset("flowcache", "calibrated", rule, "calibrated", "here", steps=12)
+    manifest = replace(tiny.bundle.manifest, presets={preset.key: preset.to_json()})
+    pipeline, notes = VideoPipeline(replace(tiny.bundle, manifest=manifest), threads=1), []
+    pipeline.generate("a", policy="flowcache", options=OPTIONS, decode=False, note=notes.append)
+    assert notes == [
+        "flowcache:calibrated: expected 12 steps, for which the preset was made, got 10. "
+        "Run mc-calibrate with these."
+    ]
+    fitting = replace(OPTIONS, num_inference_steps=12)
+    pipeline.generate("a", policy="flowcache", options=fitting, decode=False, note=notes.append)
+    assert len(notes) == 1

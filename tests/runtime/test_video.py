@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from mc_runtime import video
 from mc_runtime.output_file import check_output, replace_file
 from mc_runtime.video import VideoWriter, read_video
 
@@ -259,3 +260,16 @@ def test_replace_file_leaves_the_old_one_when_the_body_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu avx2 avx512f avx512bw", {"x264-params": "asm=avx2"}), ("fpu avx2", {}), (None, {})],
+)
+def test_x264_is_kept_from_avx512_and_from_nothing_else(tmp_path, monkeypatch, flags, expected):
+    """Where it is used, equal frames do not give equal bytes, too rarely for a test to see."""
+    processor = tmp_path / "cpuinfo"
+    if flags is not None:
+        processor.write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(video, "_PROCESSOR", processor)
+    assert video._without_avx512() == expected
