@@ -221,11 +221,9 @@ def _to_pixels(av: Any, frames: deque[Any], width: int, height: int) -> NDArray[
 
 
 def _without_avx512() -> dict[str, str]:
-    """Options that keep x264 to AVX2 where it would use AVX-512.
-
-    With AVX-512, the x264 of PyAV 18.1 gave other bytes for the same frames in one run of four,
-    in a process that also ran ONNX Runtime; with AVX2 in none of 400.
-    """
+    """Options that keep x264 to AVX2 where it would use AVX-512."""
+    # With AVX-512, the x264 of PyAV 18.1 gave other bytes for the same frames in one run of four,
+    # in a process that also ran ONNX Runtime; with AVX2 in none of 400.
     known = _PROCESSOR.read_text(errors="replace") if _PROCESSOR.exists() else ""
     return {"x264-params": "asm=avx2"} if "avx512f" in known else {}
 
