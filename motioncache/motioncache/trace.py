@@ -152,8 +152,8 @@ class DecisionTrace:
         """
         with path.open("wb") as file:
             self.write(file)
-        lines = Path(f"{path}.jsonl")
-        lines.write_text("".join(json.dumps(line) + "\n" for line in self.lines()))
+        with Path(f"{path}.jsonl").open("wb") as file:
+            self.write_lines(file)
 
     def write(self, file: BinaryIO) -> None:
         """Write the npz to an opened file."""
@@ -161,6 +161,10 @@ class DecisionTrace:
         arrays["recompute"] = np.packbits(self.recompute == 1, axis=3)
         header = {"schema": SCHEMA, "window_start": self.window_start, "run": self.run}
         np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
+
+    def write_lines(self, file: BinaryIO) -> None:
+        """Write the lines to an opened file."""
+        file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines())
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield one record per row, branch and chunk that did anything, ready for JSON."""
@@ -198,14 +202,27 @@ class DecisionTrace:
         shares = (self.recompute == 1).mean(axis=3)
         return np.where(self.recompute[..., 0] < 0, np.nan, shares)
 
-    def reused(self) -> float | None:
-        """Return the share of tokens reused where the policy had a choice.
+    def free(self) -> NDArray[np.bool_]:
+        """Return where the policy had a choice: where a distance was compared with a threshold.
 
         Returns:
-            0 to 1 over the steps with a distance, so after the warm-up; None without such a step.
+            shape (rows, branches, chunks), bool; False in the warm-up, in forced steps, in a replay.
         """
-        free = ~np.isnan(self.distance)
+        return ~np.isnan(self.distance)
+
+    def reused(self) -> float | None:
+        """Return the share of tokens reused where the policy had a choice, 0 to 1.
+
+        Returns:
+            None where it never had one.
+        """
+        free = self.free()
         return float(1 - self.shares()[free].mean()) if free.any() else None
+
+    def rows_of(self, window: int) -> slice:
+        """Return the rows of a window."""
+        bounds = (*self.window_start, len(self.step))
+        return slice(bounds[window], bounds[window + 1])
 
     def count(self, rows: slice = slice(None)) -> dict[str, int]:
         """Count what was done in some rows.

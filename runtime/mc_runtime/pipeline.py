@@ -4,7 +4,7 @@ The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `Vae
 `mc_runtime.video` writes the frames.
 """
 
-__all__ = ["Video", "VideoPipeline"]
+__all__ = ["Video", "VideoPipeline", "check_policy"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Runner
 from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
 from mc_runtime.options import GenerationOptions
-from mc_runtime.run_plan import plan_run
+from mc_runtime.run_plan import RunPlan, plan_run
 from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
 from mc_runtime.transformer import Transformer, open_transformer
@@ -136,6 +136,22 @@ class VideoPipeline:
             return LatentGrid(patch_size=patch_size)
         return LatentGrid(vae["temporal_factor"], vae["spatial_factor"], patch_size)
 
+    def plan(self, options: GenerationOptions, prefix_latent_frames: int = 0) -> RunPlan:
+        """Lay out a run on this model; see `plan_run`.
+
+        Args:
+            options: Of the run.
+            prefix_latent_frames: Of the video to continue.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: A setting that cannot be generated.
+        """
+        validate_options(options, prefix_latent_frames, self.grid)
+        return plan_run(options, prefix_latent_frames, self.grid)
+
     def generate(
         self,
         prompt: str | None = None,
@@ -183,16 +199,14 @@ class VideoPipeline:
         if image is not None:
             raise ValueError(IMAGE_REFUSED)
         chosen = replace(options or GenerationOptions(), **settings)
-        prefix = self._count_prefix(video, chosen)
-        validate_options(chosen, prefix, self.grid)
+        plan = self.plan(chosen, self._count_prefix(video, chosen))
         chosen_policy = self.find_policy(policy)
-        plan = plan_run(chosen, prefix, self.grid)
-        _check_policy(chosen_policy, plan.shape, note)
+        check_policy(chosen_policy, plan.shape, note)
         decoder = self.decoder if decode else None
         noise = self._noise(latents, chosen)
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         picked = _pick_texts(*texts, plan.shape.branches)
-        embeddings = tuple(self._embed_text(*pair, note) for pair in picked)
+        embeddings = tuple(self.embed_text(*pair, note) for pair in picked)
         first = self._encode_prefix(video, chosen)
         inputs = Inputs(embeddings, noise, first, chosen, self.bundle.model_hash)
         return generate_chunks(inputs, plan, self.transformer, decoder, chosen_policy, callback)
@@ -271,18 +285,36 @@ class VideoPipeline:
         factor = self.grid.spatial_factor
         return channels, frames, options.height // factor, options.width // factor
 
+    def draw_noise(self, options: GenerationOptions) -> Latents:
+        """Draw the initial latents of a whole video from its seed, shape (16, frames, h, w)."""
+        shape = self._latent_shape(self.grid.latent_frames(options.num_frames), options)
+        return np.random.default_rng(options.seed).standard_normal(shape, np.float32)
+
     def _noise(self, latents: Latents | None, options: GenerationOptions) -> Latents:
         """Initial latents of the whole video, given or drawn."""
-        shape = self._latent_shape(self.grid.latent_frames(options.num_frames), options)
         if latents is None:
-            return np.random.default_rng(options.seed).standard_normal(shape, np.float32)
-        _check_array("latents", latents, shape)
+            return self.draw_noise(options)
+        frames = self.grid.latent_frames(options.num_frames)
+        _check_array("latents", latents, self._latent_shape(frames, options))
         return latents
 
-    def _embed_text(
+    def embed_text(
         self, name: str, text: str | Embedding, note: Callable[[str], None]
     ) -> Embedding:
-        """Encode a prompt; an embedding that was given is checked and returned."""
+        """Encode a prompt.
+
+        Args:
+            name: Of the prompt, for messages.
+            text: The prompt; an embedding is checked and returned.
+            note: Called where the prompt had to be cut.
+
+        Returns:
+            shape (1, T, text_dim).
+
+        Raises:
+            ValueError: An embedding of another kind.
+            BundleError: The bundle has no text encoder.
+        """
         if not isinstance(text, str):
             text_dim = self.bundle.manifest.config["transformer"]["text_dim"]
             _check_array(f"{name}_embeds", text, (1, "T", text_dim))
@@ -298,8 +330,17 @@ class VideoPipeline:
         return encoded.embedding
 
 
-def _check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
-    """Refuse a policy that does not fit the run; note one that was made for another."""
+def check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
+    """Refuse a policy that does not fit a run; note one whose preset was made for another.
+
+    Args:
+        policy: Of the run.
+        shape: Of the run.
+        note: Called with what the caller should know.
+
+    Raises:
+        ValueError: The policy does not fit.
+    """
     policy.check(shape)
     if policy.made_for_steps not in (None, shape.steps):
         note(

@@ -7,22 +7,19 @@ __all__ = ["hash_files", "read_options", "record_run", "write_record"]
 
 import hashlib
 import json
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mc_engines.bundle import Bundle
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import replace_file
+from mc_runtime.versions import list_versions
 from motioncache import Policy
 from motioncache.options import format_options
 
 SCHEMA = "motioncache.run/v1"
-_PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "av")
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
@@ -74,7 +71,7 @@ def record_run(
         "policy_options": format_options(policy.config),
         "threads": threads,
         "bundle": {"path": str(bundle.path.absolute()), "hash": bundle.model_hash},
-        "versions": _versions(),
+        "versions": list_versions(),
         "interrupted": interrupted,
         "chunks": [
             {
@@ -159,16 +156,6 @@ def _read_record(path: Path) -> dict[str, Any]:
             f"{path}: expected a whole record, got one without or with a wrong {error}. "
             "Pass one that mc-generate wrote."
         ) from error
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": sys.platform}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _hash(path: Path) -> str:

@@ -6,7 +6,14 @@ chunk, step and tokens; `KeyCache` holds what earlier passes left behind.
 Axes: L tokens of a chunk, K recomputed tokens, S cache slots, C channels, H heads, D head size.
 """
 
-__all__ = ["Conditions", "KeyCache", "Transformer", "TransformerConfig", "open_transformer"]
+__all__ = [
+    "Conditions",
+    "KeyCache",
+    "Transformer",
+    "TransformerConfig",
+    "encode_timesteps",
+    "open_transformer",
+]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -179,20 +186,8 @@ class Transformer:
         return [context.run(text, self.context_weights(layer)) for layer in layers]
 
     def encode_timesteps(self, timesteps: NDArray[np.int64], fps: int) -> Conditions:
-        """Compute the modulation of every timestep, once per run.
-
-        Args:
-            timesteps: 0 to 999, shape (n,), int64.
-            fps: Frames per second; ignored by a model that is not told.
-
-        Returns:
-            One row per timestep.
-        """
-        inputs: dict[str, Array] = {"timesteps": timesteps}
-        if self.config.fps_embedding:
-            inputs["fps_id"] = np.array([0 if fps == FPS_WITH_ID_0 else 1])
-        outputs = self.runners["timestep"].run(inputs)
-        return Conditions(outputs["modulation"], outputs["head_modulation"])
+        """Compute the modulation of every timestep, once per run; see `encode_timesteps`."""
+        return encode_timesteps(self.runners["timestep"], self.config, timesteps, fps)
 
     def embed(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed a chunk's patches (1, L, c*ph*pw) as tokens (1, L, C)."""
@@ -274,7 +269,7 @@ class Transformer:
                 takes the motion of the second.
 
         Returns:
-            mean |h[f] - h[f-1]| / (mean |h[f-1]| + 1e-8) over channels, shape (F, P).
+            mean |h[f] - h[f-1]| / max(mean |h[f-1]|, 1e-8) over channels, shape (F, P).
         """
         framed = out.reshape(1, frames, -1, out.shape[2])
         before = framed[:, 0] if previous is None else previous
@@ -282,6 +277,27 @@ class Transformer:
         if previous is None:
             motion[0] = motion[min(1, frames - 1)]
         return motion
+
+
+def encode_timesteps(
+    runner: Runner, config: TransformerConfig, timesteps: NDArray[np.int64], fps: int
+) -> Conditions:
+    """Compute the modulation of timesteps.
+
+    Args:
+        runner: Of the component `timestep`.
+        config: Of the transformer.
+        timesteps: 0 to 999, shape (n,), int64.
+        fps: Frames per second; ignored by a model that is not told.
+
+    Returns:
+        One row per timestep.
+    """
+    inputs: dict[str, Array] = {"timesteps": timesteps}
+    if config.fps_embedding:
+        inputs["fps_id"] = np.array([0 if fps == FPS_WITH_ID_0 else 1])
+    outputs = runner.run(inputs)
+    return Conditions(outputs["modulation"], outputs["head_modulation"])
 
 
 def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
