@@ -206,7 +206,7 @@ class DecisionTrace:
         """Return where the policy had a choice: where a distance was compared with a threshold.
 
         Returns:
-            shape (rows, branches, chunks), bool; False in the warm-up, in forced steps, in a replay.
+            shape (rows, branches, chunks), bool; False in the warm-up and in forced steps.
         """
         return ~np.isnan(self.distance)
 
