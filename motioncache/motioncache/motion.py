@@ -20,12 +20,13 @@ and each step after the warm-up follows one rule:
 
 The weights come from the motion of the block output h, measured between latent frames:
 
-    motion[f, p]  = mean_c |h[f] - h[f-1]| / (mean_c |h[f-1]| + 1e-8)
+    motion[f, p]  = mean_c |h[f] - h[f-1]| / max(mean_c |h[f-1]|, 1e-8)
     w[f, p]       = floor + (1 - floor) * (motion[f, p] - min_p) / (max_p - min_p + 1e-8)
 
 min and max over the positions of a frame. A chunk's first frame is compared with the last frame of
 the chunk before (which is `ar_step` steps ahead, so less noisy); without one it takes the motion
-of the second frame.
+of the second frame. (The published code adds 1e-8 to the mean, and gives a first frame without a
+chunk before it ones, unless it is the window's first.)
 
 Where paper and published code differ, the rule is the code's: A >= threshold (paper: >), the vote
 and the hold (paper: not mentioned), motion of the block output (paper: of the latents), the
@@ -96,6 +97,11 @@ class MotionCacheConfig:
         check_number("weight_floor", self.weight_floor, high=1)
         if self.vote_threshold is not None:
             check_number("vote_threshold", self.vote_threshold, high=1)
+            if self.vote_threshold == 1:
+                raise ValueError(
+                    "vote_threshold: expected a share below 1, which no vote can exceed, got 1. "
+                    "Use none to switch voting off."
+                )
         check_number("min_update_ratio", self.min_update_ratio, high=1)
         switches(self.compat)
 
@@ -142,16 +148,14 @@ def plan_step(
     """
     chosen = switches(config.compat)
     coming = replace(state, step=state.step + 1)
-    if state.step <= config.warmup_steps:
-        fine = state.step == config.warmup_steps and config.coarse_updates == 0
+    last = chosen.force_last_step and coming.step == state.shape.steps
+    if state.step <= config.warmup_steps or last:
+        fine = state.fine or (state.step == config.warmup_steps and config.coarse_updates == 0)
         everything = np.ones(state.shape.tokens, np.bool_)
         return Plan(everything, wants_motion=fine), replace(coming, fine=fine)
     rescaled = rescale(config.coefficients, distance, chosen.clamp_distance)
     accumulated = state.accumulated + np.float32(rescaled) * state.weights
-    if chosen.force_last_step and coming.step == state.shape.steps:
-        recompute = np.ones(state.shape.tokens, np.bool_)
-    else:
-        recompute = _choose_tokens(config, state.shape.frames, accumulated)
+    recompute = _choose_tokens(config, state.shape.frames, accumulated)
     updates = state.updates + bool(recompute.any())
     fine = state.fine or (updates > state.updates and updates >= config.coarse_updates)
     coming = replace(

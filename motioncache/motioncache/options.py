@@ -30,6 +30,11 @@ def parse_options(config_type: type, pairs: Iterable[str]) -> dict[str, Any]:
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
+        if not hints:
+            raise ValueError(
+                f"policy option: expected none, as this policy has no settings, got '{pair}'. "
+                "Name another policy."
+            )
         if not equals or name not in hints:
             raise ValueError(
                 f"policy option: expected FIELD=VALUE with a field of {', '.join(hints)}, "
@@ -43,7 +48,7 @@ def format_options(config: Any) -> list[str]:
     """Write every setting of a configuration so that `parse_options` reads it back.
 
     Args:
-        config: Of a policy; None for one without settings.
+        config: Of a policy, with `compat` by its name; None for one without settings.
 
     Returns:
         Pairs `FIELD=VALUE`, values in full.
@@ -68,7 +73,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         except (ValueError, TypeError, KeyError):
             continue
     wanted = " or ".join(filter(None, map(_describe, kinds)))
-    raise ValueError(f"{name}: expected {wanted}, got '{text}'. Write it like {name}=VALUE.")
+    raise ValueError(f"{name}: expected {wanted}, got '{text}'. Write {name}= with one.")
 
 
 def _convert(text: str, kind: Any) -> Any:

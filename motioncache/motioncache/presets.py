@@ -109,17 +109,22 @@ _STEPS = 50  # of both papers' measurements
 _FLOWCACHE = "FlowCache (mikeallen39/FlowCache 1fdfa57), run_flowcache_{}.sh"
 
 
-def _published_flowcache(name: str, threshold: float, large: bool) -> Preset:
-    options = {"threshold": threshold, "coefficients": _WAN_14B if large else _WAN_1_3B}
-    models = _LARGE if large else _SMALL
+def _published_flowcache(name: str, threshold: float) -> Preset:
+    options = {"threshold": threshold, "coefficients": _WAN_1_3B}
     source = _FLOWCACHE.format(name)
-    return Preset("flowcache", name, options, "published", source, models, steps=_STEPS)
+    return Preset("flowcache", name, options, "published", source, _SMALL, steps=_STEPS)
+
+
+def _unmeasured_flowcache(name: str, threshold: float) -> Preset:
+    options = {"threshold": threshold, "coefficients": _WAN_14B}
+    source = f"{_FLOWCACHE.format(name)}, with the coefficients its code has for 14B; no result"
+    return Preset("flowcache", name, options, "published", source, _LARGE)
 
 
 PUBLISHED = (
     *(
-        _published_flowcache(name, threshold, large)
-        for large in (False, True)
+        make(name, threshold)
+        for make in (_published_flowcache, _unmeasured_flowcache)
         for name, threshold in (("slow", 0.1), ("fast", 0.15))
     ),
     Preset(
@@ -186,9 +191,12 @@ def choose_policy(
             f"{preset.family}. Run mc-calibrate on this bundle."
         )
     options = dict(preset.options) if preset else {}
-    options |= parse_options(POLICIES[name].config_type, pairs)
-    policy = make_policy(name, options)
-    return replace(policy, preset=preset.name, made_for_steps=preset.steps) if preset else policy
+    changes = parse_options(POLICIES[name].config_type, pairs)
+    policy = make_policy(name, options | changes)
+    if preset is None:
+        return policy
+    label = f"{preset.name} (changed)" if changes else preset.name
+    return replace(policy, preset=label, made_for_steps=preset.steps)
 
 
 def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
@@ -226,10 +234,9 @@ def _find_preset(
     name: str, preset_name: str, model: str | None, stored: Mapping[str, Any]
 ) -> Preset | None:
     """Look up a named preset, or the one that holds where none is named."""
+    own = {key: value for key, value in stored.items() if key.startswith(f"{name}:")}
     presets = {
-        preset.name: preset
-        for preset in list_presets(model, stored).values()
-        if preset.policy == name
+        preset.name: preset for preset in list_presets(model, own).values() if preset.policy == name
     }
     if not preset_name:
         only = next(iter(presets.values())) if len(presets) == 1 else None

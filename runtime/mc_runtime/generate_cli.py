@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,6 @@ from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
 from mc_runtime.run_record import hash_files, read_options, record_run, write_record
 from mc_runtime.video import VideoWriter, read_video
 from motioncache import DecisionTrace, Policy
-from motioncache.presets import list_presets
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -164,11 +163,13 @@ def _replace_recorded(recorded: dict[str, Any], given: Mapping[str, Any]) -> dic
         ("prompt", _PROMPT),
         (_PROMPT, "prompt"),
         ("policy", "replay"),
-        ("policy", "policy_option"),
+        ("policy", "preset"),
+        ("policy_option", "preset"),
     ):
         if wins in given:
-            recorded[loses] = () if loses == "policy_option" else None
-    return {**recorded, **given}
+            recorded[loses] = None
+    options = () if "policy" in given else recorded["policy_option"]
+    return {**recorded, **given, "policy_option": (*options, *given.get("policy_option", ()))}
 
 
 def _check_distinct(outputs: list[Path], inputs: list[Path]) -> None:
@@ -218,7 +219,8 @@ def _choose_policy(
 ) -> Policy:
     """Make the policy of the flags, or of the trace to replay."""
     if values.get("replay") is None:
-        return pipeline.find_policy(values["policy"], values["policy_option"])
+        policy = pipeline.find_policy(values["policy"], values["policy_option"])
+        return replace(policy, preset=values["preset"]) if values.get("preset") else policy
     if "policy" in given or "policy_option" in given:
         raise click.UsageError("--replay forces what is recomputed. Leave --policy out.")
     return pipeline.find_policy(DecisionTrace.load(values["replay"]))
@@ -315,12 +317,9 @@ def _write_chunks(
 
 def _offer_presets(run: _Run, say: Callable[[str], None]) -> None:
     """Where nothing is cached, name the calibrated presets that the bundle has."""
-    manifest = run.pipeline.bundle.manifest
-    if run.policy.name == "none":
-        presets = list_presets(manifest.model, manifest.presets).values()
-        calibrated = [preset.key for preset in presets if preset.origin == "calibrated"]
-        if calibrated:
-            say(f"Nothing is cached. Faster: --policy {' or '.join(calibrated)}")
+    presets = run.pipeline.bundle.manifest.presets  # calibrated ones: others are not stored
+    if run.policy.name == "none" and presets:
+        say(f"Nothing is cached. Faster: --policy {' or '.join(presets)}")
 
 
 def _tell_reuse(trace: DecisionTrace, say: Callable[[str], None]) -> None:
@@ -337,12 +336,19 @@ def _tell_reuse(trace: DecisionTrace, say: Callable[[str], None]) -> None:
 
 
 def _save(run: _Run, record: Path, trace: DecisionTrace, interrupted: bool) -> None:
-    """Write the latents of the finished chunks, the trace, and the record."""
+    """Write the latents of the finished chunks, the record, and the trace."""
+    if run.chunks:
+        _save_chunks(run, record, interrupted)
     if run.trace is not None:
         trace.run["video"] = str(run.output.absolute()) if run.output else None
-        trace.save(run.trace)
-    if not run.chunks:
-        return
+        trace.run["interrupted"] = interrupted
+        lines = Path(f"{run.trace}.jsonl")
+        for path, write in ((run.trace, trace.write), (lines, trace.write_lines)):
+            with replace_file(path) as hidden, hidden.open("wb") as file:
+                write(file)
+
+
+def _save_chunks(run: _Run, record: Path, interrupted: bool) -> None:
     if run.save_latents is not None:
         latents = np.concatenate([chunk.latents for chunk in run.chunks], axis=1)
         with replace_file(run.save_latents) as hidden, hidden.open("wb") as file:

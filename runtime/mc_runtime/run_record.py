@@ -102,7 +102,7 @@ def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
 
     Returns:
         Fields of `GenerationOptions`, `policy`, `policy_option`, `threads`, prompts and files, by
-        parameter name of `mc-generate`.
+        parameter name of `mc-generate`; and `preset`, the name of the policy's.
 
     Raises:
         ValueError: It is no record of this version, or of another bundle, or an input has changed.
@@ -148,6 +148,7 @@ def _read_record(path: Path) -> dict[str, Any]:
                 **files,
                 "policy": record["policy"],
                 "policy_option": tuple(record["policy_options"]),
+                "preset": record["preset"],
                 "threads": record["threads"],
             },
         }

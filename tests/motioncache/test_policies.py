@@ -82,7 +82,7 @@ def test_the_coarse_phase_is_all_or_nothing_and_ends_after_its_updates(distances
     plans = run(motion_policy(coarse_updates=updates), distances, draw_motions(seed))
     made = masks(plans)
     after = np.flatnonzero(made.any(axis=1))
-    after = after[after > 2]
+    after = after[(after > 2) & (after < STEPS - 1)]  # the last step is forced: no update
     end = after[updates - 1] if len(after) >= updates else STEPS - 1
     assert (made[: end + 1].all(axis=1) | ~made[: end + 1].any(axis=1)).all()
     assert [plan.wants_motion for plan in plans[:end]] == [False] * end
@@ -196,6 +196,8 @@ def test_force_last_step():
     zeros = np.zeros((STEPS, FRAMES, POSITIONS), np.float32)
     forced = masks(run(switched("force_last_step"), still, zeros))
     free = masks(run(switched("force_last_step", False), still, zeros))
+    plans = run(switched("force_last_step"), still, zeros)
+    assert np.isnan(plans[-1].distance), "the policy had no choice"
     assert forced[-1].all()
     assert not free[-1].any()
     assert (forced[:-1] == free[:-1]).all()
@@ -275,6 +277,11 @@ def test_teacache_decides_for_a_window():
         (
             {"vote_threshold": 2},
             "vote_threshold: expected a finite number, got 2. Use 0 to 1.",
+        ),
+        (
+            {"vote_threshold": 1},
+            "vote_threshold: expected a share below 1, which no vote can exceed, got 1. "
+            "Use none to switch voting off.",
         ),
         (
             {"min_update_ratio": -1},

@@ -11,6 +11,10 @@ from motioncache.options import format_options, parse_options
 from motioncache.presets import PUBLISHED, list_presets
 
 SMALL = "skyreels-df-1.3b-540p"
+LARGE = "skyreels-df-14b-540p", "skyreels-df-14b-720p"
+# Of TeaCache 7c10efc, TeaCache4Wan2.1, teacache_generate.py, for e0 ("use_ret_steps").
+WAN_1_3B = -5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2
+WAN_14B = -3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1
 HERE = {"threshold": 0.2, "coefficients": [2.0, 0.0]}
 CALIBRATED = Preset("motioncache", "calibrated", HERE, "calibrated", "mc-calibrate")
 STORED = {CALIBRATED.key: CALIBRATED.to_json()}
@@ -21,21 +25,21 @@ def choose(spec, *pairs, model=None, stored=(), family="skyreels"):
 
 
 @pytest.mark.parametrize(("name", "threshold"), [("slow", 0.1), ("fast", 0.15)])
-@pytest.mark.parametrize("model", [SMALL, "skyreels-df-14b-540p", "skyreels-df-14b-720p"])
+@pytest.mark.parametrize("model", [SMALL, *LARGE])
 def test_flowcache_as_published(name, threshold, model):
     policy = choose(f"flowcache:{name}", model=model)
     assert policy.config.threshold == threshold
-    # Highest power first, as in the published code; five steps are computed first.
-    first = {SMALL: -5.21862437e4}.get(model, -3.03318725e5)
-    assert policy.config.coefficients[0] == first
+    assert policy.config.coefficients == (WAN_1_3B if model == SMALL else WAN_14B)
+    # Five steps are computed first; nobody published a result for the large models.
     assert (policy.preset, policy.config.warmup_steps) == (name, 4)
+    assert policy.made_for_steps == (50 if model == SMALL else None)
 
 
 def test_motioncache_as_published():
     config = choose("motioncache:published", model=SMALL).config
     assert (config.threshold, config.warmup_steps, config.coarse_updates) == (0.1, 4, 6)
     assert (config.weight_floor, config.vote_threshold, config.min_update_ratio) == (0.6, 0.5, 0.4)
-    assert len(config.coefficients) == 5
+    assert config.coefficients == WAN_1_3B
 
 
 def test_every_published_preset_makes_its_policy_and_says_its_source():
@@ -62,7 +66,9 @@ def test_without_a_name_the_calibrated_preset_is_taken_else_the_only_one():
 
 def test_options_win_over_the_preset():
     pairs = "threshold=0.3", "vote_threshold=none", "coefficients=1,-2e-1", "compat=reference"
-    config = choose("motioncache:published", *pairs, model=SMALL).config
+    policy = choose("motioncache:published", *pairs, model=SMALL)
+    config = policy.config
+    assert policy.preset == "published (changed)"
     assert (config.threshold, config.vote_threshold) == (0.3, None)
     assert (config.coefficients, config.compat) == ((1.0, -0.2), "reference")
 
@@ -139,16 +145,16 @@ def test_a_policy_that_cannot_be_made_is_refused(given, message):
         ),
         (
             "warmup_steps=2.5",
-            "warmup_steps: expected a whole number, got '2.5'. Write it like warmup_steps=VALUE.",
+            "warmup_steps: expected a whole number, got '2.5'. Write warmup_steps= with one.",
         ),
         (
             "coefficients=1;2",
             "coefficients: expected numbers with commas between, got '1;2'. "
-            "Write it like coefficients=VALUE.",
+            "Write coefficients= with one.",
         ),
         (
             "compat=exact",
-            "compat: expected fixed or reference, got 'exact'. Write it like compat=VALUE.",
+            "compat: expected fixed or reference, got 'exact'. Write compat= with one.",
         ),
     ],
 )
@@ -156,6 +162,23 @@ def test_an_option_that_cannot_be_read_is_refused(pair, message):
     with pytest.raises(ValueError) as error:
         parse_options(FlowCacheConfig, [pair])
     assert str(error.value) == message
+
+
+def test_an_option_without_a_policy_is_refused():
+    with pytest.raises(ValueError) as error:
+        choose("none", "threshold=0.1")
+    assert str(error.value) == (
+        "policy option: expected none, as this policy has no settings, got 'threshold=0.1'. "
+        "Name another policy."
+    )
+
+
+def test_a_preset_that_cannot_be_read_spoils_no_other_policy():
+    stored = {"motioncache:later": {"unknown": 1}}
+    assert choose("none", stored=stored.items()).name == "none"
+    assert choose("flowcache:slow", model=SMALL, stored=stored.items()).preset == "slow"
+    with pytest.raises(ValueError, match="preset motioncache:later: expected the fields"):
+        choose("motioncache:later", stored=stored.items())
 
 
 def test_unknown_settings_are_refused():

@@ -98,9 +98,12 @@ def test_teacache(modulation, coefficients, threshold, warmup, lag):
 
 
 def motioncache_loop(config, distances, motions, frames):
-    """The published state machine of a chunk, token by token; yields sets of computed tokens."""
-    tokens = motions[0].size
-    accumulated, weights = [0.0] * tokens, [1.0] * tokens
+    """The published state machine of a chunk, token by token; yields sets of computed tokens.
+
+    In float32 like the published code, so that no rounding decides.
+    """
+    one, tokens = np.float32(1), motions[0].size
+    accumulated, weights = [0 * one] * tokens, [one] * tokens
     counter, done = 0, False
     for step, distance in enumerate(distances):
         if step <= config["warmup_steps"]:
@@ -108,9 +111,10 @@ def motioncache_loop(config, distances, motions, frames):
             if step == config["warmup_steps"]:
                 done = config["coarse_updates"] == 0
         else:
-            d = polynomial(config["coefficients"], distance)
+            d = one * polynomial(config["coefficients"], distance)
             accumulated = [a + d * w for a, w in zip(accumulated, weights, strict=True)]
-            chosen = {t for t in range(tokens) if accumulated[t] >= config["threshold"]}
+            threshold = np.float32(config["threshold"])
+            chosen = {t for t in range(tokens) if accumulated[t] >= threshold}
             if config["vote_threshold"] is not None:
                 positions = tokens // frames
                 share = [
@@ -123,7 +127,7 @@ def motioncache_loop(config, distances, motions, frames):
             if 0 < len(chosen) / tokens < config["min_update_ratio"]:
                 chosen = set()
             for token in chosen:
-                accumulated[token] = 0.0
+                accumulated[token] = 0 * one
             if chosen and not done:
                 counter += 1
                 done = counter >= config["coarse_updates"]
@@ -131,8 +135,9 @@ def motioncache_loop(config, distances, motions, frames):
             weights = []
             for frame in motions[step]:
                 low, high = min(frame), max(frame)
-                floor = config["weight_floor"]
-                weights += [floor + (1 - floor) * (m - low) / (high - low + 1e-8) for m in frame]
+                floor, rest = np.float32(config["weight_floor"]), 1 - config["weight_floor"]
+                width = high - low + np.float32(1e-8)
+                weights += [floor + np.float32(rest) * ((m - low) / width) for m in frame]
         yield chosen
 
 

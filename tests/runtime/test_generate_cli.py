@@ -392,6 +392,33 @@ def test_policy_options_reach_the_policy_and_the_record(fake, folder):
     assert fake.calls[1]["policy"].config == config
 
 
+def test_a_single_option_wins_over_the_recorded_one(fake, folder):
+    generate(*PROMPT, "--policy", "flowcache", "--save-latents", "out.npz")
+    option = ("--policy-option", "threshold=0.7")
+    generate("--repeat", "out.json", *option, "--save-latents", "again.npz")
+    assert fake.calls[1]["policy"].config.threshold == pytest.approx(0.7)
+    assert fake.calls[1]["policy"].config.coefficients == (1, 0)
+
+
+def test_a_repeated_run_keeps_the_name_of_its_preset(fake, folder, monkeypatch):
+    generate(*PROMPT, "--policy", "flowcache", "--save-latents", "out.npz")
+    monkeypatch.setattr(f"{__name__}.PRESETS", {})
+    generate("--repeat", "out.json", "--save-latents", "again.npz")
+    assert fake.calls[1]["policy"].preset == "calibrated"
+
+
+def test_a_trace_that_cannot_be_written_costs_nothing_else(fake, folder, monkeypatch):
+    def fail(self, file):
+        raise OSError("disk full")
+
+    (folder / "t").write_text("the old one")
+    monkeypatch.setattr(DecisionTrace, "write", fail)
+    outputs = ("--trace", "t", "--save-latents", "out.npz", "--overwrite")
+    generate(*PROMPT, *outputs, code=1)
+    assert (folder / "t").read_text() == "the old one"
+    assert {"out.npz", "out.json"} <= names(folder)
+
+
 def test_another_policy_wins_over_the_recorded_options(fake, folder):
     generate(*PROMPT, "--policy", "flowcache", "--save-latents", "out.npz")
     generate("--repeat", "out.json", "--policy", "none", "--save-latents", "again.npz")

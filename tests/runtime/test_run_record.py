@@ -38,7 +38,7 @@ def test_a_record_gives_back_what_was_set(saved, tmp_path):
     assert read_options(saved, bundle(tmp_path / "elsewhere")) == {
         **vars(OPTIONS), **TEXTS, "latents": tmp_path / "noise.npz", "threads": 2,
         "policy": "flowcache", "policy_option": ("threshold=0.1", "coefficients=1.0,0.0",
-        "warmup_steps=4", "compat=fixed"),
+        "warmup_steps=4", "compat=fixed"), "preset": None,
     }  # fmt: skip
 
 
