@@ -1,15 +1,15 @@
 """A run's video with the recomputed tokens painted over: still parts untouched, moving ones tinted.
 
-Neighbours: `mc-inspect --overlay` writes it, `trace_report` takes its frames from `read_frames` and
-their place from `Layout`. What a token did comes from the run's `DecisionTrace`.
+Neighbours: `mc-inspect --overlay` writes it, `trace_report` takes the place of its frames from
+`Layout`. What a token did comes from the run's `DecisionTrace`.
 """
 
-__all__ = ["Layout", "free_steps", "read_frames", "token_shares", "write_overlay"]
+__all__ = ["Layout", "free_steps", "token_shares", "write_overlay"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.errors import require
-from mc_runtime.video import VideoWriter
+from mc_runtime.video import VideoWriter, read_frames
 from motioncache import DecisionTrace
 
 Pixels = NDArray[np.uint8]
@@ -70,15 +70,15 @@ class Layout:
 
 
 def free_steps(trace: DecisionTrace) -> NDArray[np.bool_]:
-    """Tell where the policy had a choice: after the warm-up.
+    """Tell which steps are shown: those in which the policy had a choice.
 
     Args:
         trace: Of a run.
 
     Returns:
-        Shape (rows, branches, chunks). Without any distance, as in a replay, every step counts.
+        Shape (rows, branches, chunks). Where there is none, as in a replay, every step counts.
     """
-    free = ~np.isnan(trace.distance)
+    free = trace.free()
     return free if free.any() else trace.recompute[..., 0] >= 0
 
 
@@ -90,15 +90,14 @@ def token_shares(trace: DecisionTrace, layout: Layout) -> NDArray[np.float64]:
         layout: Of the run.
 
     Returns:
-        Share of the steps after the warm-up, over both branches; NaN where there were none, as in a
-        prefix. Shape (latent frames, h, w) in tokens.
+        Share of the `free_steps`, over both branches; NaN where there were none, as in a prefix.
+        Shape (latent frames, h, w) in tokens.
     """
     free = free_steps(trace)
-    bounds = (*trace.window_start, len(free))
     per_chunk = []
-    for start, stop in pairwise(bounds):
-        counted = free[start:stop]
-        ones = ((trace.recompute[start:stop] == 1) & counted[..., None]).sum(axis=(0, 1))
+    for rows in map(trace.rows_of, range(len(trace.window_start))):
+        counted = free[rows]
+        ones = ((trace.recompute[rows] == 1) & counted[..., None]).sum(axis=(0, 1))
         count = counted.sum(axis=(0, 1))[:, None]
         per_chunk.append(np.where(count, ones / np.maximum(count, 1), np.nan))
     shares = np.stack(per_chunk)  # (windows, chunks, L)
@@ -106,57 +105,6 @@ def token_shares(trace: DecisionTrace, layout: Layout) -> NDArray[np.float64]:
     framed = shares.reshape(*shares.shape[:2], trace.run["frames"], height, width)
     tokens: NDArray[np.float64] = framed[layout.window, layout.chunk, layout.frame]
     return tokens
-
-
-def read_frames(path: Path) -> Iterator[Pixels]:
-    """Decode a video frame by frame, in the colours that its file says it has.
-
-    Args:
-        path: Any file that FFmpeg decodes.
-
-    Yields:
-        Pixels, shape (height, width, 3), uint8.
-
-    Raises:
-        ValueError: The file is no video, or damaged.
-        OSError: The file cannot be read.
-        MissingExtraError: PyAV is not installed.
-    """
-    av = require("av", "video")
-    try:
-        with av.open(str(path.absolute())) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: expected a video, got a file without pictures.")
-            graph = None
-            for frame in container.decode(video=0):
-                graph = graph or _open_graph(av, frame)
-                graph.push(frame)
-                yield graph.pull().to_ndarray()
-    except OSError:
-        raise
-    except av.error.FFmpegError as error:
-        raise ValueError(
-            f"{path}: expected a video, got a file that FFmpeg does not decode "
-            f"({error.strerror}). Pass the mp4 of the run."
-        ) from error
-
-
-def _open_graph(av: Any, frame: Any) -> Any:
-    """A filter that converts to RGB: unlike PyAV's own conversion it heeds the colour matrix."""
-    graph = av.filter.Graph()
-    nodes = (
-        graph.add_buffer(
-            width=frame.width,
-            height=frame.height,
-            format=frame.format.name,
-            time_base=frame.time_base,
-        ),
-        graph.add("scale", "flags=bicubic+accurate_rnd+full_chroma_int"),
-        graph.add("format", "rgb24"),
-        graph.add("buffersink"),
-    )
-    graph.link_nodes(*nodes).configure()
-    return graph
 
 
 def write_overlay(trace: DecisionTrace, video: Path, output: Path) -> None:
@@ -177,8 +125,8 @@ def write_overlay(trace: DecisionTrace, video: Path, output: Path) -> None:
     """
     layout, options = Layout.of(trace), trace.run["options"]
     shares = token_shares(trace, layout)
-    low, high = float(np.nanmin(shares)), float(np.nanmax(shares))
-    if low == high:
+    low, high = float(np.nanmin(shares, initial=1)), float(np.nanmax(shares, initial=0))
+    if low >= high:  # above it where the run ended before its first step
         low, high = 0.0, 1.0
     strengths = _OPACITY * np.nan_to_num((shares - low) / (high - low))
     zoom = -(-_SHOWN_WIDTH // options["width"])

@@ -1,7 +1,7 @@
 """A run's trace in numbers, and as one page of HTML that needs no other file.
 
-Neighbours: `mc-inspect --trace` prints `summarise` and writes `report_page`; `overlay` reads the
-frames that the page shows beside the decisions.
+Neighbours: `mc-inspect --trace` prints `summarise` and writes `report_page`; `overlay` knows the
+place of the frames that the page shows beside the decisions.
 """
 
 __all__ = ["describe", "list_chunks", "report_page", "summarise"]
@@ -10,7 +10,6 @@ import html
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.errors import require
-from mc_runtime.overlay import Layout, Pixels, free_steps, read_frames
+from mc_runtime.overlay import Layout, Pixels, free_steps
+from mc_runtime.video import read_frames
 from motioncache import DecisionTrace, Mode
 
 _BRANCHES = "cond", "uncond"
@@ -45,16 +45,18 @@ def summarise(trace: DecisionTrace) -> dict[str, Any]:
         trace: Of the run.
 
     Returns:
-        JSON-ready: `policy`, `bundle`, sizes, passes by mode, shares of the tokens of all steps
-        (`recomputed`), of those after the warm-up (`reused_after_warmup`), of the rows of partial
-        passes that were padding (`padding`), milliseconds, and `chunks` with the share recomputed
-        per branch. A share is None where nothing counts into it.
+        JSON-ready: `policy`, `bundle`, `interrupted` (None where the trace does not say), sizes,
+        passes by mode, shares of the tokens of all steps (`recomputed`), of those in which the
+        policy had a choice (`reused_after_warmup`), of the rows of partial passes that were padding
+        (`padding`), milliseconds, and `chunks` with the share recomputed per branch. A share is
+        None where nothing counts into it.
     """
     run, partial = trace.run, trace.mode == Mode.PARTIAL
     ones = int((trace.recompute[partial] == 1).sum())
     return {
         "policy": run["policy"],
         "bundle": run.get("bundle"),
+        "interrupted": run.get("interrupted"),
         "steps": run["steps"],
         "rows": len(trace.mode),
         "windows": len(trace.window_start),
@@ -75,11 +77,6 @@ def summarise(trace: DecisionTrace) -> dict[str, Any]:
     }
 
 
-def _rows_of(trace: DecisionTrace, window: int) -> slice:
-    bounds = (*trace.window_start, len(trace.mode))
-    return slice(bounds[window], bounds[window + 1])
-
-
 def _chunks(trace: DecisionTrace) -> list[tuple[int, int]]:
     """Window and chunk of every chunk of every window."""
     size = trace.run["frames"]
@@ -91,7 +88,7 @@ def _chunks(trace: DecisionTrace) -> list[tuple[int, int]]:
 
 
 def _summarise_chunk(trace: DecisionTrace, window: int, chunk: int) -> dict[str, Any]:
-    rows = _rows_of(trace, window)
+    rows = trace.rows_of(window)
     masks = trace.recompute[rows, :, chunk]
     return {
         "window": window,
@@ -139,8 +136,8 @@ def report_page(trace: DecisionTrace, video: Path | None) -> str:
         "<h2>What moved, and what was recomputed</h2>",
         _motion_text(trace, bool(thumbnails)),
         *(
-            _image(_draw_motion(trace, window, list(rows), thumbnails), f"Window {window}")
-            for window, rows in groupby(_moments(trace), key=lambda row: _window_of(trace, row))
+            _image(_draw_motion(trace, window, rows, thumbnails), f"Window {window}")
+            for window, rows in _moments(trace).items()
         ),
         "<h2>Chunks</h2>",
         _chunk_table(summary),
@@ -153,10 +150,6 @@ def report_page(trace: DecisionTrace, video: Path | None) -> str:
         f"<title>Schedule of a run: {html.escape(name)}</title>\n<style>{_STYLE}</style>\n"
         f"</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _window_of(trace: DecisionTrace, row: int) -> int:
-    return int(np.searchsorted(trace.window_start, row, side="right")) - 1
 
 
 def describe(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -174,7 +167,8 @@ def describe(summary: Mapping[str, Any]) -> dict[str, str]:
         "policy": policy["name"] + (f":{policy['preset']}" if policy["preset"] else ""),
         "bundle": (summary["bundle"] or "not known")[:12],
         "run": f"{summary['windows']} windows, {summary['rows']} rows, {summary['steps']} steps, "
-        f"{summary['branches']} branches, {summary['tokens_per_chunk']} tokens per chunk",
+        f"{summary['branches']} branches, {summary['tokens_per_chunk']} tokens per chunk"
+        + (", interrupted" if summary["interrupted"] else ""),
         "passes": ", ".join(modes),
         "tokens recomputed": _format_share(summary["recomputed"]),
         "reused after the warm-up": _format_share(summary["reused_after_warmup"]),
@@ -278,11 +272,17 @@ def _middle(trace: DecisionTrace, window: int, chunk: int) -> int:
     return first + chunk * size + size // 2
 
 
-def _moments(trace: DecisionTrace) -> list[int]:
-    """Rows spread evenly over those in which the policy had a choice."""
+def _moments(trace: DecisionTrace) -> dict[int, list[int]]:
+    """By window, rows spread evenly over those in which the policy had a choice."""
     rows = np.flatnonzero(free_steps(trace).any(axis=(1, 2)))
-    chosen = np.linspace(0, len(rows) - 1, min(_MOMENTS, len(rows))).round().astype(int)
-    return rows[chosen].tolist() if len(rows) else []
+    spread = np.linspace(0, len(rows) - 1, min(_MOMENTS, len(rows))).round().astype(int)
+    moments = {}
+    for window in range(len(trace.window_start)):
+        span = trace.rows_of(window)
+        chosen = [row for row in rows[spread].tolist() if span.start <= row < span.stop]
+        if chosen:
+            moments[window] = chosen
+    return moments
 
 
 def _figure(width: float, height: float) -> Any:

@@ -1,11 +1,13 @@
-"""Frames to an mp4 file, chunk by chunk, and the last frames of a video file to pixels.
+"""Frames to an mp4 file, chunk by chunk, and the frames of a video file to pixels.
 
 `VideoPipeline` gives the frames that `VideoWriter` takes, and continues what `read_video` gives.
+`overlay` and `trace_report` show what `read_frames` gives.
 """
 
-__all__ = ["VideoWriter", "read_video"]
+__all__ = ["VideoWriter", "read_frames", "read_video"]
 
 from collections import deque
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -150,6 +152,26 @@ class VideoWriter:
         return write_failure(self._path, error, " The chunks that fitted are kept.")
 
 
+def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Decode a video file frame by frame, upright and at its own size.
+
+    Args:
+        path: Any file that FFmpeg decodes.
+
+    Yields:
+        Pixels, shape (height, width, 3), uint8.
+
+    Raises:
+        ValueError: The file is not a video, or is damaged.
+        OSError: The file cannot be read.
+        MissingExtraError: PyAV is not installed.
+    """
+    graph = None
+    for frame in _decode(path):
+        graph = graph or _open_graph(frame, frame.width, frame.height)
+        yield _to_pixels(graph, frame)
+
+
 def read_video(path: Path, width: int, height: int, frames: int) -> NDArray[np.uint8]:
     """The last frames of a video file, at the size that is asked for.
 
@@ -171,13 +193,25 @@ def read_video(path: Path, width: int, height: int, frames: int) -> NDArray[np.u
         OSError: The file cannot be read.
         MissingExtraError: PyAV is not installed.
     """
+    last = deque(_decode(path), maxlen=frames)
+    if len(last) < frames:
+        raise ValueError(
+            f"{path}: expected at least {frames} frames, got {len(last)}. "
+            "Give a longer video, or a smaller --overlap-history."
+        )
+    stored = (height, width) if _turns(last[0]) % 2 else (width, height)
+    graph = _open_graph(last[0], *stored)
+    return np.stack([_to_pixels(graph, frame) for frame in last])
+
+
+def _decode(path: Path) -> Iterator[Any]:
+    """Yield the frames of a file as they are stored."""
     av = require("av", "video")
-    last: deque[Any] = deque(maxlen=frames)
     try:
         with av.open(str(path.absolute())) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: expected a video, got a file without pictures.")
-            last.extend(container.decode(video=0))
+            yield from container.decode(video=0)
     except OSError:
         raise
     except av.error.FFmpegError as error:
@@ -185,26 +219,23 @@ def read_video(path: Path, width: int, height: int, frames: int) -> NDArray[np.u
             f"{path}: expected a video, got a file that FFmpeg does not decode "
             f"({error.strerror}). Give an mp4 or another whole video file."
         ) from error
-    if len(last) < frames:
-        raise ValueError(
-            f"{path}: expected at least {frames} frames, got {len(last)}. "
-            "Give a longer video, or a smaller --overlap-history."
-        )
-    return _to_pixels(av, last, width, height)
 
 
-def _to_pixels(av: Any, frames: deque[Any], width: int, height: int) -> NDArray[np.uint8]:
-    first = frames[0]
-    turns = round(first.rotation / 90)  # quarter turns, counterclockwise, that set it upright
-    if turns % 2:
-        width, height = height, width
-    scale = min(first.width / width, first.height / height)
-    graph = av.filter.Graph()
+def _turns(frame: Any) -> int:
+    """Quarter turns, counterclockwise, that set a frame upright."""
+    turns: int = round(frame.rotation / 90)
+    return turns
+
+
+def _open_graph(frame: Any, width: int, height: int) -> Any:
+    """Cut out the middle and scale it to RGB; unlike PyAV's own, this heeds the colour matrix."""
+    scale = min(frame.width / width, frame.height / height)
+    graph = require("av", "video").filter.Graph()
     source = graph.add_buffer(
-        width=first.width,
-        height=first.height,
-        format=first.format.name,
-        time_base=first.time_base,
+        width=frame.width,
+        height=frame.height,
+        format=frame.format.name,
+        time_base=frame.time_base,
     )
     _link(
         graph,
@@ -213,11 +244,13 @@ def _to_pixels(av: Any, frames: deque[Any], width: int, height: int) -> NDArray[
         ("scale", f"{width}:{height}:{_SCALING}"),
         ("format", "rgb24"),
     )
-    pixels = []
-    for frame in frames:
-        graph.push(frame)
-        pixels.append(np.rot90(graph.pull().to_ndarray(), turns))
-    return np.stack(pixels)
+    return graph
+
+
+def _to_pixels(graph: Any, frame: Any) -> NDArray[np.uint8]:
+    graph.push(frame)
+    pixels: NDArray[np.uint8] = np.rot90(graph.pull().to_ndarray(), _turns(frame))
+    return pixels
 
 
 def _without_avx512() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -12,9 +13,8 @@ import pytest
 
 from mc_runtime import trace_report
 from mc_runtime.options import GenerationOptions
-from mc_runtime.overlay import read_frames
 from mc_runtime.trace_report import describe, report_page, summarise
-from mc_runtime.video import VideoWriter
+from mc_runtime.video import VideoWriter, read_frames
 from motioncache import Mode
 
 # Two windows of three chunks, the second with a prefix of one.
@@ -156,8 +156,10 @@ def test_the_page_needs_no_other_file(text):
     page = Page(text)
     assert not {"script", "link", "iframe", "a"} & set(page.tags)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert len(rest) < 20_000  # no picture is left in which a search could find anything
     for outside in ("http:", "https:", "url(", "@import", "//"):
-        assert outside not in text.replace("data:image/png;base64,", "").split("</style>")[0]
+        assert outside not in rest
     assert len(text) < 2_000_000
     images = page.images()
     assert len(images) == 3  # the schedule, and the motion of two windows
@@ -182,15 +184,19 @@ def test_the_chart_shows_every_share_and_clean_pass(trace):
 
 
 def test_the_moments_are_about_eight_and_after_the_warm_up(trace):
-    rows = trace_report._moments(trace)
+    moments = trace_report._moments(trace)
+    bounds = (*trace.window_start, len(trace.mode))
+    for window, chosen in moments.items():
+        assert all(row in range(*bounds[window : window + 2]) for row in chosen)
+    rows = [row for chosen in moments.values() for row in chosen]
     assert len(rows) == 8
     assert rows == sorted(set(rows))
     assert all((~np.isnan(trace.distance[row])).any() for row in rows)
-    assert rows[0] < 10 and rows[-1] == len(trace.mode) - 1
+    assert rows[0] < 10 and rows[-1] == len(trace.mode) - 2  # the last step is forced
 
 
 def test_maps_show_the_middle_frame_of_each_chunk(trace, file):
-    rows = [row for row in trace_report._moments(trace) if row >= trace.window_start[1]]
+    rows = trace_report._moments(trace)[1]
     frames = list(read_frames(file))
     thumbnails = trace_report._read_thumbnails(trace, trace_report.Layout.of(trace), file)
     figure = trace_report._draw_motion(trace, 1, rows, thumbnails)
@@ -219,6 +225,14 @@ def test_the_page_says_what_is_missing(text, bare_text):
     assert "no motion weights, as this policy had none" in bare_text
     assert "Frames are missing" not in text and "no motion weights" not in text
     assert len(Page(bare_text).images()) == 3
+
+
+def test_an_interrupted_run_is_called_so(trace):
+    for interrupted, told in ((True, True), (False, False), (None, False)):
+        marked = replace(trace, run={**trace.run, "interrupted": interrupted})
+        summary = summarise(marked)
+        assert summary["interrupted"] is interrupted
+        assert describe(summary)["run"].endswith("30 tokens per chunk, interrupted") == told
 
 
 def test_names_are_escaped(trace):

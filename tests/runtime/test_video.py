@@ -11,7 +11,7 @@ import pytest
 
 from mc_runtime import video
 from mc_runtime.output_file import check_output, replace_file
-from mc_runtime.video import VideoWriter, read_video
+from mc_runtime.video import VideoWriter, read_frames, read_video
 
 WIDTH, HEIGHT = 64, 48
 
@@ -162,6 +162,27 @@ def test_odd_sizes_are_refused(tmp_path):
         write(tmp_path / "out.mp4", smooth(1, WIDTH + 1))
 
 
+def read_17(path):
+    return read_video(path, WIDTH, HEIGHT, 17)
+
+
+def read_all(path):
+    return np.stack(list(read_frames(path)))
+
+
+def test_frames_are_read_at_their_size_in_the_colours_they_were_written_in(tmp_path):
+    colours = np.array([(200, 40, 40), (40, 160, 60), (50, 60, 210)], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (3, HEIGHT, WIDTH, 3))
+    read = read_all(write(tmp_path / "in.mp4", frames))
+    assert read.shape == frames.shape
+    assert np.abs(read.astype(int) - frames).max() <= 6
+
+
+def test_both_readers_give_the_same_pixels(tmp_path):
+    path = write(tmp_path / "in.mp4", smooth(20))
+    assert (read_17(path) == read_all(path)[-17:]).all()
+
+
 def test_read_takes_the_last_frames(tmp_path):
     frames = smooth(30)
     read = read_video(write(tmp_path / "in.mp4", frames), WIDTH, HEIGHT, 17)
@@ -197,15 +218,22 @@ def test_read_refuses_a_short_video(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video at all" * 100])
-def test_read_refuses_what_is_no_video(tmp_path, content):
+@pytest.mark.parametrize("read", [read_17, read_all])
+def test_read_refuses_what_is_no_video(tmp_path, content, read):
     path = tmp_path / "in.mp4"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        read_video(path, WIDTH, HEIGHT, 17)
+        read(path)
     assert str(caught.value) == (
         f"{path}: expected a video, got a file that FFmpeg does not decode (Invalid data found "
         "when processing input). Give an mp4 or another whole video file."
     )
+
+
+@pytest.mark.parametrize("read", [read_17, read_all])
+def test_read_needs_a_file(tmp_path, read):
+    with pytest.raises(OSError, match="No such file"):
+        read(tmp_path / "none.mp4")
 
 
 def test_read_turns_a_picture_upright(tmp_path):
@@ -219,8 +247,8 @@ def test_read_turns_a_picture_upright(tmp_path):
     content = path.read_bytes()
     track = content.rindex(b"tkhd")  # the first is that of an unfinished file
     path.write_bytes(content[:track] + content[track:].replace(upright, turned, 1))
-    read = read_video(path, HEIGHT, WIDTH, 5)
-    assert psnr(np.rot90(frames, -1, (1, 2)), read) > 35
+    for read in (read_video(path, HEIGHT, WIDTH, 5), read_all(path)):
+        assert psnr(np.rot90(frames, -1, (1, 2)), read) > 35
 
 
 def test_outputs_that_cannot_be_written_are_found_first(tmp_path, monkeypatch):
