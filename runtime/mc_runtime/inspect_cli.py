@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -114,7 +115,8 @@ def main(
         pipeline = VideoPipeline.from_bundle(bundle)
         options = GenerationOptions(**{name: values[name] for name in _SETTINGS})
         chosen = pipeline.find_policy(policy, policy_option)
-        _show_schedule(forecast_schedule(pipeline, chosen, options), as_json, quiet)
+        schedule = forecast_schedule(pipeline, chosen, options, partial(click.echo, err=True))
+        _show_schedule(schedule, as_json, quiet)
     elif bundle is not None:
         _show_bundle(Bundle.open(bundle), as_json, quiet)
     if bundle is not None and verify and not (as_json or quiet):

@@ -1,14 +1,15 @@
 """The schedule of a run that has not begun, step by step, as far as motion does not decide it.
 
-On SkyReels-V2 the distances depend on the timesteps and the frame rate alone. So this opens the
-`timestep` component, no other, and follows the policy with `motioncache.forecast`. `mc-inspect
---policy` prints what comes out.
+On SkyReels-V2 the distances depend on the timesteps and the frame rate alone: `measure_distances`
+has them before the run, and `motioncache.forecast` follows the policy. `mc-inspect --policy` prints
+what comes out.
 """
 
 __all__ = ["Line", "Schedule", "forecast_schedule"]
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -16,12 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_engines.onnxruntime_runner import open_runner
+from mc_runtime.distances import measure_distances
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.pipeline import VideoPipeline, check_policy
 from mc_runtime.sampler import sigma_table
-from mc_runtime.schedule import plan_windows, step_matrix, validate_options
-from mc_runtime.transformer import Transformer, TransformerConfig
 from motioncache import DistanceTable, Plan, Policy, RunShape
 from motioncache.config import switches
 from motioncache.distance import rescale
@@ -134,7 +133,10 @@ class Schedule:
 
 
 def forecast_schedule(
-    pipeline: VideoPipeline, policy: Policy, options: GenerationOptions
+    pipeline: VideoPipeline,
+    policy: Policy,
+    options: GenerationOptions,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Schedule:
     """Follow a policy through a run without running it.
 
@@ -142,6 +144,7 @@ def forecast_schedule(
         pipeline: Of the bundle; its transformer is not loaded.
         policy: Decides.
         options: Of the run.
+        note: Called where a preset was made for another run.
 
     Returns:
         Its schedule: step by step for a policy that decides chunk by chunk, else row by row.
@@ -150,45 +153,22 @@ def forecast_schedule(
         ValueError: A setting cannot be generated, or the policy does not fit the run.
         BundleError: The bundle has no timestep component.
     """
-    validate_options(options, grid=pipeline.grid)
+    shape = pipeline.plan(options).shape
+    check_policy(policy, shape, note)
     timesteps = sigma_table(options.num_inference_steps, options.flow_shift, options.sigma_table)[1]
-    table = _measure(pipeline, timesteps, options.fps)
+    table = measure_distances(pipeline, options)
     follow = _follow_chunk if policy.scope == "chunk" else _follow_rows
-    return Schedule(policy, options, tuple(follow(pipeline, policy, options, timesteps, table)))
-
-
-def _measure(pipeline: VideoPipeline, timesteps: NDArray[np.int64], fps: int) -> DistanceTable:
-    """Compute the distances with a transformer that has no engine but the one for timesteps."""
-    runner = open_runner(pipeline.bundle, "timestep", "fp32", pipeline.threads)
-    config = TransformerConfig.from_manifest(pipeline.bundle.manifest.config["transformer"])
-    transformer = Transformer(config, {"timestep": runner}, runner, lambda _: {}, lambda _: {})
-    return DistanceTable.from_modulation(transformer.encode_timesteps(timesteps, fps).modulation)
-
-
-def _shapes(pipeline: VideoPipeline, options: GenerationOptions) -> Iterator[RunShape]:
-    """Each window as a run of its own; frames of one token, as nothing known depends on more."""
-    size, steps = options.causal_block_size, options.num_inference_steps
-    for plan in plan_windows(options, grid=pipeline.grid):
-        chunks, ready = plan.frames // size, plan.prefix // size
-        active = step_matrix(chunks, steps, options.ar_step, ready).update
-        yield RunShape(active, (0,), branches=1, frames=size, positions=1, steps=steps)
+    return Schedule(policy, options, tuple(follow(policy, shape, timesteps, table)))
 
 
 def _follow_chunk(
-    pipeline: VideoPipeline,
-    policy: Policy,
-    options: GenerationOptions,
-    timesteps: NDArray[np.int64],
-    table: DistanceTable,
+    policy: Policy, shape: RunShape, timesteps: NDArray[np.int64], table: DistanceTable
 ) -> Iterator[Line]:
-    shape = next(_shapes(pipeline, options))
-    policy.check(shape)
-    known = {step.number: step for step in forecast_chunk(policy, shape, table)}
+    plans = {step.number: step.plan for step in forecast_chunk(policy, shape, table)}
+    if _forces_last(policy):
+        plans.setdefault(shape.steps, Plan(np.ones(shape.tokens, np.bool_)))
     for number, timestep in enumerate(timesteps.tolist(), start=1):
-        distance = table.of_step(number - 1)
-        plan = known[number].plan if number in known else None
-        forced = number == shape.steps and _forces_last(policy)
-        decision = _decision(plan) if plan or not forced else "full"
+        distance, plan = table.of_step(number - 1), plans.get(number)
         yield Line(
             None,
             (number,),
@@ -196,25 +176,20 @@ def _follow_chunk(
             distance,
             _rescaled(policy, distance, plan),
             _accumulated(plan),
-            decision,
+            _decision(plan),
         )
 
 
 def _follow_rows(
-    pipeline: VideoPipeline,
-    policy: Policy,
-    options: GenerationOptions,
-    timesteps: NDArray[np.int64],
-    table: DistanceTable,
+    policy: Policy, shape: RunShape, timesteps: NDArray[np.int64], table: DistanceTable
 ) -> Iterator[Line]:
-    before = 0
-    for shape in _shapes(pipeline, options):
-        policy.check(shape)
-        taken = np.cumsum(shape.active, axis=0)
-        for row, known in enumerate(forecast_window(policy, shape, table)):
-            steps = taken[row][shape.active[row]]
+    for window, start in enumerate(shape.window_start):
+        active = shape.active[shape.rows_of(window)]
+        taken = np.cumsum(active, axis=0)
+        for row, known in enumerate(forecast_window(policy, shape, table, window)):
+            steps = taken[row][active[row]]
             yield Line(
-                before + row,
+                start + row,
                 tuple(steps.tolist()),
                 tuple(timesteps[steps - 1].tolist()),
                 known.distance,
@@ -222,7 +197,6 @@ def _follow_rows(
                 _accumulated(known.plan),
                 _decision(known.plan),
             )
-        before += len(shape.active)
 
 
 def _decision(plan: Plan | None) -> Decision:

@@ -15,10 +15,10 @@ from mc_engines.manifest import Manifest
 from mc_engines.specs import ComponentSpec, GraphSpec, TensorSpec
 from mc_runtime.inspect_cli import main
 from mc_runtime.options import GenerationOptions
-from mc_runtime.overlay import read_frames
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule_table import forecast_schedule
 from mc_runtime.trace_report import list_chunks, summarise
-from mc_runtime.video import VideoWriter
+from mc_runtime.video import VideoWriter, read_frames
 from motioncache import DecisionTrace
 
 PARITY = [
@@ -223,19 +223,35 @@ def test_quiet_leaves_the_warning_of_a_schedule(tiny_bundle):
     assert result.stderr.startswith("coefficients: expected rescaled distances of 0 or more")
 
 
-@pytest.fixture(scope="module")
-def traced(tiny, tmp_path_factory) -> Path:
-    """The trace of a run, its video where it says."""
-    folder = tmp_path_factory.mktemp("traced")
+def test_a_preset_made_for_other_steps_is_noted(tiny, tiny_bundle, monkeypatch):
+    policy = replace(tiny.find_policy("none"), preset="slow", made_for_steps=50)
+    monkeypatch.setattr(VideoPipeline, "find_policy", lambda *_: policy)
+    for flag in ("--quiet", "--json"):
+        result = inspect(tiny_bundle, "--policy", "none:slow", "--steps", 9, flag)
+        assert result.stderr == (
+            "none:slow: expected 50 steps, for which the preset was made, got 9. "
+            "Run mc-calibrate with these.\n"
+        )
+    assert inspect(tiny_bundle, "--policy", "none:slow").stderr == ""
+
+
+def save_run(pipeline, folder, policy) -> Path:
+    """Write the trace of a run, its video where it says."""
     options = GenerationOptions(num_frames=37, height=32, width=48, num_inference_steps=6)
-    pairs = "threshold=0.9", "coefficients=1,0", "warmup_steps=1"
-    policy = tiny.find_policy("flowcache", pairs)
-    video = tiny.run("a bird", options=options, policy=policy)
+    video = pipeline.run("a bird", options=options, policy=policy)
     with VideoWriter(folder / "run.mp4", options.fps, options.width, options.height) as writer:
         writer.write(video.frames)
     video.trace.run["video"] = str(folder / "run.mp4")
     video.trace.save(folder / "run.trace")
     return folder / "run.trace"
+
+
+@pytest.fixture(scope="module")
+def traced(tiny, tmp_path_factory) -> Path:
+    """The trace of a run that reused some steps."""
+    pairs = "threshold=0.9", "coefficients=1,0", "warmup_steps=1"
+    policy = tiny.find_policy("flowcache", pairs)
+    return save_run(tiny, tmp_path_factory.mktemp("traced"), policy)
 
 
 def test_a_trace_is_summed_up(traced, tiny_bundle):
@@ -260,6 +276,26 @@ def test_a_trace_is_drawn(traced, tmp_path):
     assert text.startswith("<!DOCTYPE html>") and "Frames are missing" not in text
     assert len(list(read_frames(painted))) == 37
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "report.html"]
+
+
+def test_the_trace_of_a_replay_is_shown_too(tiny, traced, tmp_path):
+    trace = DecisionTrace.load(traced)
+    masks = DecisionTrace.from_masks(trace.recompute, trace.run["frames"], clean_pass=True)
+    for number, tape in enumerate((trace, masks)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = save_run(tiny, folder, tape)
+        result = inspect(
+            "--trace", path, "--html", folder / "a.html", "--overlay", folder / "a.mp4"
+        )
+        assert (result.exit_code, result.stderr) == (0, "")
+        shown = rows(result.stdout)
+        assert ["policy", "replay"] in shown
+        assert "reused after the warm-up -".split() in shown
+        passes = next(row for row in shown if row[0] == "passes")
+        assert passes in rows(inspect("--trace", traced).stdout)
+        assert "Frames are missing" not in (folder / "a.html").read_text()
+        assert len(list(read_frames(folder / "a.mp4"))) == 37
 
 
 def refused(message, *arguments, code=2):

@@ -1,13 +1,14 @@
 """The schedule before a run: against the traces of real runs, and sums taken by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mc_engines import onnxruntime_runner
+from mc_runtime import distances
 from mc_runtime import pipeline as pipeline_module
-from mc_runtime import schedule_table
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule_table import forecast_schedule
@@ -43,6 +44,7 @@ def same(found, expected):
         ("flowcache", FLOWCACHE, 12),
         ("flowcache", ("threshold=0.9", "coefficients=1,-0.8", "warmup_steps=3"), 12),
         ("motioncache", MOTIONCACHE, 7),
+        ("motioncache", (*MOTIONCACHE[:-1], "coarse_updates=99"), 12),
     ],
 )
 def test_every_chunk_of_a_run_takes_the_steps_of_the_table(tiny, name, pairs, known):
@@ -58,9 +60,8 @@ def test_every_chunk_of_a_run_takes_the_steps_of_the_table(tiny, name, pairs, kn
             continue
         compared += 1
         assert line.decision == KINDS[Mode(trace.mode[at])]
-        if line.accumulated is not None:
-            assert same(line.accumulated, trace.accumulated[at][1])
-            assert same(max(line.rescaled, 0), trace.distance[at])
+        assert same(line.accumulated, trace.accumulated[at][1])
+        assert same(line.rescaled and max(line.rescaled, 0), trace.distance[at])
     assert compared == 2 * 5 * (len(lines) - len(unknown))
 
 
@@ -108,7 +109,7 @@ def test_only_the_timestep_graph_is_opened(tiny_bundle, monkeypatch):
         opened.append(component)
         return onnxruntime_runner.open_runner(bundle, component, form, threads)
 
-    for module in (schedule_table, pipeline_module):
+    for module in (distances, pipeline_module):
         monkeypatch.setattr(module, "open_runner", spy)
     monkeypatch.setattr(pipeline_module, "open_transformer", None)
     forecast(VideoPipeline.from_bundle(tiny_bundle, threads=1), "flowcache", FLOWCACHE)
@@ -125,6 +126,7 @@ def test_the_last_step_is_full_whatever_moves_unless_as_published(tiny):
         schedule = forecast(tiny, "motioncache", (*MOTIONCACHE, f"compat={compat}"))
         decisions = [line.decision for line in schedule.lines]
         assert decisions[-1] == last
+        assert (schedule.lines[-1].rescaled is None) == (last == "full")
         assert "depends on motion" in decisions[:-1]
         assert schedule.totals()["not_known"] == decisions.count("depends on motion")
 
@@ -169,3 +171,17 @@ def test_a_run_that_cannot_be_is_refused(tiny):
         forecast(tiny, "flowcache", ("threshold=1", "coefficients=1,0"), short)
     with pytest.raises(ValueError, match="num_frames: expected a count that fills whole chunks"):
         forecast(tiny, "none", (), GenerationOptions(num_frames=96))
+
+
+def test_a_preset_made_for_other_steps_is_noted(tiny):
+    notes = []
+    policy = replace(
+        tiny.find_policy("flowcache", FLOWCACHE), preset="calibrated (changed)", made_for_steps=50
+    )
+    forecast_schedule(tiny, policy, OPTIONS, notes.append)
+    assert notes == [
+        "flowcache:calibrated (changed): expected 50 steps, for which the preset was made, got 12. "
+        "Run mc-calibrate with these."
+    ]
+    forecast_schedule(tiny, replace(policy, made_for_steps=12), OPTIONS, notes.append)
+    assert len(notes) == 1
