@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -39,8 +38,7 @@ from mc_runtime.display import Display
 from mc_runtime.generate_cli import setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.run_record import record_run
-from mc_runtime.text import encode_prompt
+from mc_runtime.prompts import read_prompts
 from mc_runtime.threshold_search import (
     Target,
     Trial,
@@ -48,9 +46,10 @@ from mc_runtime.threshold_search import (
     measure_trial,
     search_threshold,
 )
+from mc_runtime.versions import list_versions
 from motioncache import Policy, Preset, make_policy
 from motioncache.options import parse_options
-from motioncache.presets import POLICIES
+from motioncache.presets import POLICIES, PUBLISHED
 
 # What moves slowly, fast, hardly, and everywhere at once.
 PROMPTS = (
@@ -69,22 +68,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be calibrated; `runs` has the arguments of one run per prompt."""
+    """What is to be calibrated; `options` has the seed of the first prompt's run."""
 
     pipeline: VideoPipeline
-    runs: Sequence[Mapping[str, Any]]
+    prompts: Sequence[str]
+    options: GenerationOptions
+    decode: bool
     policy: str
     policy_options: Mapping[str, Any]
     target: Target
     key: str
     quiet: bool
     say: Callable[[str], None]
-
-    @property
-    def options(self) -> GenerationOptions:
-        """Of the runs, with the first seed."""
-        options: GenerationOptions = self.runs[0]["options"]
-        return options
 
     @property
     def warmup_steps(self) -> int:
@@ -160,46 +155,18 @@ def main(
     --num-inference-steps of the runs that the preset is for.
     """
     target = _choose_target(target_psnr, target_speedup)
-    texts = PROMPTS if prompts is None else read_prompts(prompts)
+    texts = PROMPTS if prompts is None else read_prompts(prompts, least=2)
     pipeline = VideoPipeline.from_bundle(bundle, threads)
     key = _check_preset(pipeline, policy, name, overwrite)
-    options = _parse_policy_options(policy, policy_option)
+    policy_options = _parse_policy_options(policy, policy_option)
     decode = _check_frames(pipeline, target)
     say: Callable[[str], None] = (lambda _: None) if quiet else partial(click.echo, err=True)
-    runs = _encode_prompts(pipeline, texts, GenerationOptions(**settings), decode, say)
-    job = _Job(pipeline, runs, policy, options, target, key, quiet, say)
-    _check_runs(job)
-    result = _calibrate(job)
-    preset = _make_preset(job, texts, result)
+    options = GenerationOptions(**settings)
+    job = _Job(pipeline, texts, options, decode, policy, policy_options, target, key, quiet, say)
+    _check_steps(job)
+    preset = _make_preset(job, _calibrate(job))
     add_files(bundle, {}, partial(_store, preset))
     click.echo(f"Use it: {_command_line(job, preset)}")
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read the prompts of a file.
-
-    Args:
-        path: One per line; empty lines and those that begin with # are left out.
-
-    Returns:
-        The prompts, each once.
-
-    Raises:
-        ValueError: There are less than two, or it is no text.
-    """
-    try:
-        lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected a text file in UTF-8, got: {error}. Write one prompt per line."
-        ) from error
-    prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if len(prompts) < 2:
-        raise ValueError(
-            f"{path}: expected at least 2 different prompts, one per line, got {len(prompts)}. "
-            "Half of them are for the fit, half for the search."
-        )
-    return prompts
 
 
 def _choose_target(psnr: float | None, speedup: float | None) -> Target:
@@ -221,6 +188,11 @@ def _check_preset(pipeline: VideoPipeline, policy: str, name: str, overwrite: bo
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"name: expected letters, digits, '_', '-' and '.', got '{name}'. Choose another name."
+        )
+    if name in {preset.name for preset in PUBLISHED if preset.policy == policy}:
+        raise ValueError(
+            f"name: expected one that no published preset of {policy} has, got {name}. "
+            "Choose another name."
         )
     bundle, key = pipeline.bundle, f"{policy}:{name}"
     if key in bundle.manifest.presets and not overwrite:
@@ -261,32 +233,9 @@ def _check_frames(pipeline: VideoPipeline, target: Target) -> bool:
     return False
 
 
-def _encode_prompts(
-    pipeline: VideoPipeline,
-    texts: Sequence[str],
-    options: GenerationOptions,
-    decode: bool,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Make the arguments of one run per prompt, each with a seed of its own."""
-    encoder = pipeline.text_encoder
-    limit = int(pipeline.bundle.manifest.config["text_encoder"]["max_tokens"])
-    shared: dict[str, Any] = {"decode": decode}
-    if options.guidance_scale > 1:
-        shared["negative_prompt_embeds"] = encode_prompt("", encoder, limit).embedding
-    runs = []
-    for number, text in enumerate(texts):
-        encoded = encode_prompt(text, encoder, limit)
-        if encoded.cut:
-            say(f"prompt {number + 1}: the last {encoded.cut} tokens were cut.")
-        seeded = replace(options, seed=options.seed + number)
-        runs.append({"prompt_embeds": encoded.embedding, "options": seeded, **shared})
-    return runs
-
-
-def _check_runs(job: _Job) -> None:
+def _check_steps(job: _Job) -> None:
     """Refuse settings that do not fit the bundle or the policy; nothing is computed yet."""
-    job.pipeline.generate(**job.runs[0], policy=job.make_policy(0.0, (1.0, 0.0)))
+    job.make_policy(0.0, (1.0, 0.0)).check(job.pipeline.plan(job.options).shape)
     steps, least = job.options.num_inference_steps, job.warmup_steps + 1 + MIN_STEPS
     if steps < least:
         raise ValueError(
@@ -295,12 +244,29 @@ def _check_runs(job: _Job) -> None:
         )
 
 
+def _encode_prompts(job: _Job) -> list[dict[str, Any]]:
+    """Make the arguments of one run per prompt, each with a seed of its own."""
+    embed = job.pipeline.embed_text
+    shared: dict[str, Any] = {"decode": job.decode}
+    if job.options.guidance_scale > 1:
+        shared["negative_prompt_embeds"] = embed("negative_prompt", "", job.say)
+    return [
+        {
+            "prompt_embeds": embed(f"prompt {number + 1}", prompt, job.say),
+            "options": replace(job.options, seed=job.options.seed + number),
+            **shared,
+        }
+        for number, prompt in enumerate(job.prompts)
+    ]
+
+
 def _calibrate(job: _Job) -> _Result:
     """Fit on the runs of one half, search on those of the other, and print both."""
+    runs = _encode_prompts(job)
     fitted: list[Samples] = []
     references: list[Reference] = []
-    for number in range(len(job.runs)):
-        reference = _record(job, number)
+    for number, inputs in enumerate(runs):
+        reference = _record(job, number, inputs)
         if number % 2:
             references.append(reference)
         else:  # its frames need not be kept
@@ -320,11 +286,11 @@ def _calibrate(job: _Job) -> _Result:
     return _Result(fit, r_squared, _search(job, fit, references))
 
 
-def _record(job: _Job, number: int) -> Reference:
+def _record(job: _Job, number: int, inputs: Mapping[str, Any]) -> Reference:
     purpose = "search" if number % 2 else "fit"
-    job.say(f"Uncached run {number + 1} of {len(job.runs)}, for the {purpose}")
+    job.say(f"Uncached run {number + 1} of {len(job.prompts)}, for the {purpose}")
     with Display(job.quiet) as display:
-        return record_changes(job.pipeline, job.runs[number], display.advance)
+        return record_changes(job.pipeline, inputs, display.advance)
 
 
 def _search(job: _Job, fit: Fit, references: Sequence[Reference]) -> Trial:
@@ -350,7 +316,7 @@ def _row(trial: Trial) -> str:
     return f"{trial.threshold:>11g}{trial.speedup:>10.2f}{trial.wall_ratio:>12.2f}{psnr:>11}"
 
 
-def _make_preset(job: _Job, texts: Sequence[str], result: _Result) -> Preset:
+def _make_preset(job: _Job, result: _Result) -> Preset:
     """The settings, with where they come from."""
     best, policy = result.best, job.make_policy(result.best.threshold, result.fit.coefficients)
     psnr = None if best.psnr in (None, np.inf) else best.psnr
@@ -360,31 +326,35 @@ def _make_preset(job: _Job, texts: Sequence[str], result: _Result) -> Preset:
         job.key.partition(":")[2],
         asdict(policy.config),
         "calibrated",
-        _describe_source(job, texts, result, policy),
+        _describe_source(job, result),
         family=job.pipeline.bundle.manifest.family,
         steps=job.options.num_inference_steps,
         reached=reached,
     )
 
 
-def _describe_source(job: _Job, texts: Sequence[str], result: _Result, policy: Policy) -> str:
-    """Everything it takes to judge the preset, or to make it again."""
-    pipeline, options = job.pipeline, job.options
-    record = record_run(pipeline.bundle, options, {}, {}, pipeline.threads, policy, [], False)
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+def _describe_source(job: _Job, result: _Result) -> str:
+    """Everything it takes to judge the preset, or to make it again; no path of this machine."""
+    options, count = job.options, len(job.prompts)
+    digest = hashlib.sha256("\n".join(job.prompts).encode()).hexdigest()
     return "; ".join(
         (
-            shlex.join(["mc-calibrate", *sys.argv[1:]]),
-            f"{datetime.now(UTC):%Y-%m-%d}",
-            ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-            f"model {record['bundle']['hash']}",
-            f"{len(texts)} prompts, sha256 {digest}",
-            f"seeds {options.seed} to {options.seed + len(texts) - 1}, every other one for the fit",
-            ", ".join(f"{key} {value}" for key, value in asdict(options).items() if key != "seed"),
+            f"mc-calibrate, {datetime.now(UTC):%Y-%m-%d}",
+            _list_facts(list_versions()),
+            f"model {job.pipeline.bundle.model_hash}",
+            _list_facts({"policy": job.policy, **job.policy_options}),
+            f"target {job.target.metric} {job.target.value:g}",
+            f"{count} prompts, sha256 {digest}",
+            f"seeds {options.seed} to {options.seed + count - 1}, every other one for the fit",
+            _list_facts({key: value for key, value in asdict(options).items() if key != "seed"}),
             f"degree {result.fit.degree}, R-squared {result.fit.r_squared:.4f}, "
             f"on other prompts {result.r_squared:.4f}",
         )
     )
+
+
+def _list_facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def _store(preset: Preset, manifest: Manifest) -> Manifest:

@@ -12,11 +12,9 @@ __all__ = [
     "Fit",
     "Reference",
     "Samples",
-    "find_distances",
     "fit_rescaling",
     "join_samples",
     "measure_r_squared",
-    "plan_steps",
     "record_changes",
 ]
 
@@ -31,13 +29,11 @@ from numpy.typing import NDArray
 
 from mc_engines.runner import Array, Arrays, Runner
 from mc_engines.specs import GraphSpec
-from mc_runtime.flops import plan_job
+from mc_runtime.distances import measure_distances
 from mc_runtime.generation import Progress
-from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import Video, VideoPipeline
-from mc_runtime.sampler import sampler_table
-from mc_runtime.schedule import StepMatrix
-from motioncache import DistanceTable, none
+from mc_runtime.run_plan import RunPlan
+from motioncache import none
 
 MAX_DEGREE = 4  # of the published polynomials
 MIN_STEPS = 3  # with different distances: a line, and one to judge it by
@@ -108,9 +104,8 @@ def record_changes(
         ValueError: A setting or an input that cannot be generated from.
         EngineError: An engine failed, or computed NaN.
     """
-    options: GenerationOptions = inputs["options"]
     transformer = pipeline.transformer
-    calls = _head_calls(plan_steps(pipeline, options), 2 if options.guidance_scale > 1 else 1)
+    calls = _head_calls(pipeline.plan(inputs["options"]))
     recorder = _Recorder(transformer.runners["head"], calls)
     observed = copy(pipeline)  # shares every engine that is already open
     observed.transformer = replace(transformer, runners={**transformer.runners, "head": recorder})
@@ -118,7 +113,7 @@ def record_changes(
     # damaged one could not be replaced.
     video = observed.run(**inputs, policy=none(), callback=callback)
     steps = np.array(recorder.steps, np.int64)
-    table = find_distances(pipeline, options)
+    table = measure_distances(pipeline, inputs["options"])
     distances = np.array([table.of_step(step) for step in recorder.steps])
     return Reference(inputs, video, Samples(steps, distances, np.array(recorder.changes)))
 
@@ -150,27 +145,13 @@ class _Recorder:
         return self._runner.run(inputs, weights)
 
 
-def _head_calls(matrices: Sequence[StepMatrix], branches: int) -> Iterator[tuple[int, int, int]]:
+def _head_calls(plan: RunPlan) -> Iterator[tuple[int, int, int]]:
     """Branch, chunk and step from 0 in the order in which `denoise_window` calls the head."""
-    for matrix in matrices:
+    for matrix in plan.matrices:
         for step, update in zip(matrix.step, matrix.update, strict=True):
             for chunk in np.flatnonzero(update).tolist():
-                for branch in range(branches):
+                for branch in range(plan.shape.branches):
                     yield branch, chunk, int(step[chunk]) - 1
-
-
-def plan_steps(pipeline: VideoPipeline, options: GenerationOptions) -> tuple[StepMatrix, ...]:
-    """Return which chunk takes which step in which row, window by window."""
-    return plan_job(options, (), grid=pipeline.grid).matrices
-
-
-def find_distances(pipeline: VideoPipeline, options: GenerationOptions) -> DistanceTable:
-    """Measure the change of the modulation from step to step, as `denoise` gives it to a policy."""
-    table = sampler_table(
-        options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
-    )
-    conditions = pipeline.transformer.encode_timesteps(table.timesteps, options.fps)
-    return DistanceTable.from_modulation(conditions.modulation)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from mc_runtime.calibration import Fit, Reference, find_distances, plan_steps
+from mc_runtime.calibration import Fit, Reference
+from mc_runtime.distances import measure_distances
 from mc_runtime.fidelity import compare_videos
 from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.generation import Progress
@@ -22,6 +23,7 @@ from motioncache import DecisionTrace, Policy
 from motioncache.distance import rescale
 
 SEARCH_TRIALS = 10  # resolve a five-hundredth of the range of thresholds
+_NARROW = 0.02  # of that range
 _DIGITS = 4  # significant ones of a threshold
 
 
@@ -40,7 +42,7 @@ def bound_threshold(
         The rescaled distances after the warm-up, added up over the steps of a chunk, or over the
         rows of a window where the policy decides row by row; the greatest of the windows.
     """
-    table = find_distances(pipeline, options)
+    table = measure_distances(pipeline, options)
     if policy.scope == "chunk":
         distances = [[table.of_step(step) for step in range(options.num_inference_steps)]]
     else:
@@ -49,7 +51,7 @@ def bound_threshold(
                 table.of_row((step[update] - 1).tolist())
                 for step, update in zip(matrix.step, matrix.update, strict=True)
             ]
-            for matrix in plan_steps(pipeline, options)
+            for matrix in pipeline.plan(options).matrices
         ]
     first = policy.config.warmup_steps + 1
     totals = [
@@ -110,7 +112,8 @@ def search_threshold(
 
     Threshold 0 recomputes everything, so only the bound is tried before halving. A higher
     threshold saves more work and changes more, as a rule; where it does not, the best trial that
-    reached the target still counts.
+    reached the target still counts. In a narrow interval, a trial that saves what another saved
+    ends the search: there the schedule jumps, and where exactly makes no difference.
 
     Args:
         evaluate: Tries a threshold; called at most ten times.
@@ -131,6 +134,9 @@ def search_threshold(
             high = trials[-1].threshold
         else:
             low = trials[-1].threshold
+        known = {trial.speedup for trial in trials[:-1]}
+        if high - low < _NARROW * bound and trials[-1].speedup in known:
+            break
     met = [trial for trial in trials if target.is_met(trial)]
     if not met:
         raise ValueError(_describe_miss(target, trials))

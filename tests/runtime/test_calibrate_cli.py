@@ -13,7 +13,7 @@ from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files
 from mc_engines.verify import find_faults
 from mc_runtime import calibrate_cli
-from mc_runtime.calibrate_cli import PROMPTS, main, read_prompts
+from mc_runtime.calibrate_cli import PROMPTS, main
 from mc_runtime.pipeline import VideoPipeline
 from motioncache.presets import POLICIES
 
@@ -46,12 +46,13 @@ def two_prompts(tmp_path):
 
 @pytest.fixture
 def idle(monkeypatch):
-    """Nothing may be run."""
+    """Nothing may be run, neither the transformer nor the text encoder."""
 
     def fail(*arguments):
-        raise AssertionError("a run was started")
+        raise AssertionError("an engine was asked for")
 
-    monkeypatch.setattr(calibrate_cli, "record_changes", fail)
+    for engine in ("text_encoder", "transformer", "decoder"):
+        monkeypatch.setattr(VideoPipeline, engine, property(fail))
 
 
 def refused(message, bundle, *arguments, code=2):
@@ -91,8 +92,11 @@ def test_the_preset_is_found_and_reaches_its_target_again(bundle, two_prompts):
     for fact in (
         *("2 prompts, sha256 ", "seeds 7 to 8", "height 32, width 32", "num_inference_steps 8"),
         *("guidance_scale 6.0", "R-squared ", before.model_hash, "numpy ", "mc-calibrate"),
+        *("policy motioncache, warmup_steps 1; ", "target speedup 1.4; "),
     ):
         assert fact in preset["source"]
+    assert str(bundle.parent) not in preset["source"]
+    assert "pytest" not in preset["source"]
     assert result.stdout.count("kept") == 1
     assert f"mc-generate {bundle} --policy motioncache:calibrated" in result.stdout
     assert "Uncached run 2 of 2, for the search" in result.stderr
@@ -109,7 +113,7 @@ def test_a_psnr_is_reached_by_the_fastest_trial_that_keeps_it(bundle, two_prompt
     assert reached["psnr"] >= target
     assert 1 < reached["flops_speedup"] < fast["flops_speedup"]
     trials = [line.split() for line in result.stdout.splitlines()[2:-2]]
-    assert len(trials) == 10
+    assert len(trials) <= 10
     kept = [float(speedup) for _, speedup, _, psnr, _ in trials if float(psnr) >= target]
     assert max(kept) == pytest.approx(reached["flops_speedup"], abs=0.006)
     assert set(Bundle.open(bundle).manifest.presets) == {"flowcache:free", "flowcache:calibrated"}
@@ -214,6 +218,16 @@ def test_a_preset_is_replaced_only_on_demand_damaged_or_not(bundle, two_prompts,
             "name: expected letters, digits, '_', '-' and '.', got 'a:b'. Choose another name.",
         ),
         (
+            ("--policy", "flowcache", "--name", "slow", "--overwrite"),
+            "name: expected one that no published preset of flowcache has, got slow. "
+            "Choose another name.",
+        ),
+        (("--height", 33), "height: expected a multiple of 16, got 33. Use 32 or 48."),
+        (
+            ("--prompts", "{file}"),
+            "{file}: expected at least 2 different prompts, one per line, got 1. Write more.",
+        ),
+        (
             ("--policy-option", "threshold=0.1"),
             "policy option threshold: expected none, as mc-calibrate finds it, got one. "
             "Leave it out.",
@@ -230,8 +244,13 @@ def test_a_preset_is_replaced_only_on_demand_damaged_or_not(bundle, two_prompts,
         ),
     ],
 )
-def test_wrong_usage_is_refused_before_anything_is_run(bundle, idle, arguments, message):
-    refused(message, bundle, *SIZES, *arguments)
+def test_wrong_usage_is_refused_before_anything_is_run(bundle, idle, tmp_path, arguments, message):
+    file = tmp_path / "one.txt"
+    file.write_text("a bird\n")
+    refused(
+        message.format(file=file),
+        *(bundle, *SIZES, *(str(argument).format(file=file) for argument in arguments)),
+    )
 
 
 def test_a_read_only_bundle_is_refused_before_anything_is_run(bundle, idle, monkeypatch):
@@ -242,21 +261,6 @@ def test_a_read_only_bundle_is_refused_before_anything_is_run(bundle, idle, monk
         *(bundle, *SIZES),
         code=1,
     )
-
-
-def test_prompts_are_the_lines_that_say_something_each_once(two_prompts):
-    assert read_prompts(two_prompts) == ("a bird", "a fish")
-    two_prompts.write_text("a bird\n a bird \n#a fish\n")
-    with pytest.raises(ValueError, match="prompts") as error:
-        read_prompts(two_prompts)
-    assert str(error.value) == (
-        f"{two_prompts}: expected at least 2 different prompts, one per line, got 1. "
-        "Half of them are for the fit, half for the search."
-    )
-    two_prompts.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="expected a text file in UTF-8, got: ") as error:
-        read_prompts(two_prompts)
-    assert str(error.value).endswith(". Write one prompt per line.")
 
 
 def test_the_help_states_the_default_target_and_asks_for_a_small_size():
