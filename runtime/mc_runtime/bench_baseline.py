@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mc_engines.errors import EngineError
+from mc_engines.errors import EngineError, MissingExtraError
 from mc_runtime.bench_policies import Contender, Frames, Latents, Turn
 from mc_runtime.options import GenerationOptions
 
@@ -38,6 +39,7 @@ class DiffusersProcess:
 
     Raises:
         ValueError: diffusers has nothing like one of the options.
+        MissingExtraError: torch is not installed.
         EngineError: It cannot start; the message says why.
     """
 
@@ -50,6 +52,8 @@ class DiffusersProcess:
                     f"{name}: expected {value} beside the baseline diffusers, "
                     f"got {getattr(options, name)}. Leave one of them out."
                 )
+        if find_spec("torch") is None:  # looked for, not imported: it is for the process alone
+            raise MissingExtraError("torch: not installed. Run: pip install 'motioncache[export]'")
         self._folder, self._options = folder, asdict(options)
         self._log = (folder / "log.txt").open("w")
         command = [sys.executable, "-m", MODULE, str(checkpoint)]

@@ -8,8 +8,10 @@ __all__ = ["main"]
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ from mc_runtime.bench_report import DIFFUSERS, build_report
 from mc_runtime.fidelity import Lpips, compare_videos
 from mc_runtime.generate_cli import setting_options
 from mc_runtime.options import GenerationOptions
-from mc_runtime.output_file import check_output, replace_file
+from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.prompts import read_prompts
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -65,7 +68,11 @@ def main() -> None:
     help="A setting of a policy; can be repeated.",
 )
 @click.option("--prompt", multiple=True, help="What to show; can be repeated.")
-@click.option("--prompts", type=INPUT, help="A text file with a prompt per line.")
+@click.option(
+    "--prompts",
+    type=INPUT,
+    help="Text file, a prompt per line; empty lines and those with # are left out.",
+)
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -92,11 +99,14 @@ def run(
     """Compare cache policies on BUNDLE: time, FLOPs and fidelity, on the same noise and prompts."""
     if (values["baseline"] is None) != (values["checkpoint"] is None):
         raise click.UsageError("--baseline and --checkpoint need each other. Give both or neither.")
-    _check_outputs(output, html, overwrite)
-    bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values)
+    _check_outputs((output, html), (values["prompts"], values["lpips"]), overwrite)
+    if html is not None:
+        require("matplotlib", "bench")
+    say: Callable[[str], None] = (lambda _: None) if quiet else partial(click.echo, err=True)
+    bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values, say)
     lpips = Lpips(values["lpips"], values["threads"]) if values["lpips"] else None
     _rehearse_judging(bench, lpips)
-    report = _measure(bench, lpips, values["checkpoint"], quiet)
+    report = _measure(bench, lpips, values["checkpoint"], say)
     if output is not None:
         _write(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if html is not None:
@@ -108,20 +118,17 @@ def run(
 main.add_command(run)
 
 
-def _check_outputs(output: Path | None, html: Path | None, overwrite: bool) -> None:
-    """Refuse what could not be written, and what a page needs and is not there."""
-    for path in (output, html):
-        if path is not None:
-            check_output(path, overwrite)
-    if html is not None:
-        require("matplotlib", "bench")
-        if output is not None and output.resolve() == html.resolve():
-            raise ValueError(
-                f"{html}: expected a file of its own, got that of --output. Choose another name."
-            )
+def _check_outputs(
+    outputs: Iterable[Path | None], inputs: Iterable[Path | None], overwrite: bool
+) -> None:
+    """Refuse what could not be written, or would replace what is read; None is not given."""
+    given = [path for path in outputs if path is not None]
+    for path in given:
+        check_output(path, overwrite)
+    check_distinct(given, [path for path in inputs if path is not None])
 
 
-def _prepare(pipeline: VideoPipeline, values: dict[str, Any]) -> Bench:
+def _prepare(pipeline: VideoPipeline, values: dict[str, Any], say: Callable[[str], None]) -> Bench:
     """Settle what is run, and refuse what cannot be."""
     settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
     bench = Bench(
@@ -131,7 +138,7 @@ def _prepare(pipeline: VideoPipeline, values: dict[str, Any]) -> Bench:
         _read_prompts(values["prompt"], values["prompts"]),
         values["rounds"],
     )
-    check_policies(bench)
+    check_policies(bench, say)
     return bench
 
 
@@ -143,29 +150,16 @@ def _rehearse_judging(bench: Bench, lpips: Lpips | None) -> None:
 
 
 def _read_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
-    """The prompts of the flags, or the lines of the file that are not blank."""
+    """The prompts of the flags, or those of the file."""
     if bool(given) == (file is not None):
         raise click.UsageError("Missing option '--prompt' or '--prompts'. Give one of them.")
-    if file is None:
-        return given
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected UTF-8 text, got: {error}. Save it as UTF-8.") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"{file}: expected a prompt per line, got none. Write some.")
-    return prompts
+    return given if file is None else read_prompts(file)
 
 
 def _measure(
-    bench: Bench, lpips: Lpips | None, checkpoint: Path | None, quiet: bool
+    bench: Bench, lpips: Lpips | None, checkpoint: Path | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run everything, baseline included, and make the report."""
-
-    def say(text: str) -> None:
-        if not quiet:
-            click.echo(text, err=True)
 
     def advance(name: str, turn: Turn) -> None:
         say(f"turn {turn.round + 1}, prompt {turn.prompt + 1}, {name}: {turn.seconds:.2f} s")
@@ -183,7 +177,9 @@ def _measure(
             for name, policy in bench.policies.items()
         }
         if baseline is not None:
-            contenders[DIFFUSERS] = baseline.contender(bench.noise, embeddings)
+            contenders[DIFFUSERS] = baseline.contender(
+                bench.pipeline.draw_noise(bench.options), embeddings
+            )
         turns = take_turns(contenders, len(bench.prompts), bench.rounds, advance)
         say("comparing frames")
         frames = (baseline.frames,) if baseline is not None else ()

@@ -189,7 +189,7 @@ def _facts(report: Report) -> dict[str, str]:
         },
         "processor": f"{environment['cpu']}, {environment['logical_cores']} logical cores",
         "threads": str(environment["threads"] or "all physical cores"),
-        "platform": f"{environment['platform']}, Python {environment['python']}",
+        "system": environment["platform"],
         "reference kernel": f"{min(kernel):.1f} to {max(kernel):.1f} ms",
         **versions,
     }
@@ -228,7 +228,7 @@ def draw_plot(report: Report) -> Any:
 
     Returns:
         A matplotlib figure. A policy whose frames all equal those of `none` has no PSNR: it is
-        drawn on the upper edge, as `none` itself is.
+        drawn on the upper edge, as `none` itself is. Where nothing moves, no moving region is.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -246,7 +246,10 @@ def draw_plot(report: Report) -> Any:
     for number, entry in enumerate(report["policies"]):
         ratio = entry["flops_ratio"][_CAUSAL] if busy else entry["speedup"]
         for region, face in (("whole", f"C{number}"), ("moving", "none")):
-            psnr = entry["fidelity"]["mean"][region]["psnr"]
+            scores = entry["fidelity"]["mean"][region]
+            if not scores["frames"]:
+                continue  # nothing moves
+            psnr = scores["psnr"]
             place = (ratio, 1.0 if psnr is None else psnr)
             axes.plot(
                 *place,

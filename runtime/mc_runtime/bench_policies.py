@@ -21,7 +21,6 @@ __all__ = [
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -31,10 +30,7 @@ from numpy.typing import NDArray
 from mc_runtime.fidelity import Fidelity, Lpips, compare_videos
 from mc_runtime.generation import Progress
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.run_plan import plan_run
-from mc_runtime.schedule import validate_options
-from mc_runtime.text import encode_prompt
+from mc_runtime.pipeline import VideoPipeline, check_policy
 from mc_runtime.vae import VaeDecoder, to_uint8
 from motioncache import DecisionTrace, Policy
 
@@ -64,15 +60,6 @@ class Bench:
     options: GenerationOptions
     prompts: Sequence[str]
     rounds: int
-
-    @cached_property
-    def noise(self) -> Latents:
-        """What every run starts from: drawn from the seed as `mc-generate` does."""
-        grid, options = self.pipeline.grid, self.options
-        channels = self.pipeline.bundle.manifest.config["transformer"]["in_channels"]
-        height, width = (size // grid.spatial_factor for size in (options.height, options.width))
-        shape = channels, grid.latent_frames(options.num_frames), height, width
-        return np.random.default_rng(options.seed).standard_normal(shape, np.float32)
 
     @property
     def decoder(self) -> VaeDecoder | None:
@@ -160,20 +147,19 @@ def choose_policies(pipeline: VideoPipeline, text: str, pairs: Iterable[str]) ->
     return {spec: pipeline.find_policy(spec, options[spec]) for spec in specs}
 
 
-def check_policies(bench: Bench) -> None:
+def check_policies(bench: Bench, note: Callable[[str], None]) -> None:
     """Refuse settings and policies that cannot run, before anything does.
 
     Args:
         bench: What is to be run.
+        note: Called with what the user should know, such as that a preset is for other steps.
 
     Raises:
         ValueError: As `VideoPipeline.generate`.
     """
-    grid = bench.pipeline.grid
-    validate_options(bench.options, 0, grid)
-    shape = plan_run(bench.options, 0, grid).shape
+    shape = bench.pipeline.plan(bench.options).shape
     for policy in bench.policies.values():
-        policy.check(shape)
+        check_policy(policy, shape, note)
 
 
 def encode_prompts(bench: Bench, note: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -189,20 +175,13 @@ def encode_prompts(bench: Bench, note: Callable[[str], None]) -> list[dict[str, 
     Raises:
         BundleError: The bundle has no text encoder.
     """
-    encoder = bench.pipeline.text_encoder
-    limit = int(bench.pipeline.bundle.manifest.config["text_encoder"]["max_tokens"])
-    guided = bench.options.guidance_scale > 1
-    shared = {"negative_prompt_embeds": encode_prompt("", encoder, limit).embedding}
-    embeddings = []
-    for number, prompt in enumerate(bench.prompts, 1):
-        encoded = encode_prompt(prompt, encoder, limit)
-        if encoded.cut:
-            note(
-                f"prompt {number}: expected at most {limit} tokens, got {limit + encoded.cut}. "
-                f"The last {encoded.cut} were cut."
-            )
-        embeddings.append({"prompt_embeds": encoded.embedding, **(shared if guided else {})})
-    return embeddings
+    embed, shared = bench.pipeline.embed_text, {}
+    if bench.options.guidance_scale > 1:
+        shared["negative_prompt_embeds"] = embed("negative_prompt", "", note)
+    return [
+        {"prompt_embeds": embed(f"prompt {number}", prompt, note), **shared}
+        for number, prompt in enumerate(bench.prompts, 1)
+    ]
 
 
 def policy_contender(
@@ -217,10 +196,10 @@ def policy_contender(
 
         generation = bench.pipeline.generate(
             **embeddings[prompt],
-            latents=bench.noise,
             policy=policy,
             decode=False,
             callback=stop,
+            note=lambda _: None,  # `check_policies` said it
             options=bench.options,
         )
         start, latents = time.perf_counter(), []

@@ -12,22 +12,23 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mc_runtime.bench_policies import REFERENCE, Bench, Judgement, Turn, Turns
+from mc_runtime.bench_policies import REFERENCE, Bench, Judgement, Turn, Turns, check_policies
 from mc_runtime.fidelity import Fidelity
-from mc_runtime.flops import ModelFlops, Work, chunk_causal_work, count_work, plan_job, vanilla_work
+from mc_runtime.flops import Job, ModelFlops, Work, chunk_causal_work, count_work, vanilla_work
+from mc_runtime.versions import list_versions
 from motioncache import DecisionTrace, Policy
 from motioncache.options import format_options
 
 SCHEMA = "motioncache.bench/v1"
 BUSY_SPREAD = 1.3  # of the reference kernel's times, largest to smallest
 DIFFUSERS = "diffusers"  # a contender's name that no policy has
-_PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "scikit-image")
+SAME_LATENTS = 1e-3  # largest difference by which rounding explains another result
 _SCORES = ("psnr", "ssim", "lpips")
 _METHOD = (
     "Seconds are those of denoising, without text encoder and decoding; the medians of all turns "
@@ -90,7 +91,8 @@ def build_report(
     spread = max(turns.reference_ms) / min(turns.reference_ms)
     busy = spread > BUSY_SPREAD
     traces = {name: _traces(turns.of[name]) for name in bench.policies}
-    job = plan_job(bench.options, traces[REFERENCE][0].run["text_tokens"], 0, bench.pipeline.grid)
+    plan = bench.pipeline.plan(bench.options)
+    job = Job.from_plan(plan, traces[REFERENCE][0].run["text_tokens"])
     baselines = {
         "every_chunk_every_row": vanilla_work(flops, job),
         "chunk_causal": chunk_causal_work(flops, job),
@@ -228,19 +230,12 @@ def _describe_diffusers(
 
 
 def _environment(threads: int | None) -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "cpu": _cpu_name(),
         "logical_cores": os.cpu_count() or 1,
         "threads": threads,
         "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "versions": list_versions(),
     }
 
 
@@ -278,7 +273,17 @@ def _list_caveats(
     if report["diffusers"] is None:
         caveats.append("How diffusers computes is counted, not timed: pass --baseline diffusers.")
     else:
-        caveats.append("diffusers ran in a process of its own, in torch on the CPU.")
+        difference = report["diffusers"]["latents_max_difference"]
+        caveats.append(
+            "diffusers ran in a process of its own, in torch on the CPU; the latents of none "
+            f"differ from its by at most {difference:.1e}."
+        )
+        if difference > SAME_LATENTS:
+            caveats.append(
+                f"A difference of more than {SAME_LATENTS:g} is no rounding: is it the checkpoint "
+                "of this bundle?"
+            )
+    check_policies(bench, caveats.append)  # presets that were made for other steps
     for name, own in traces.items():
         shares = [reused for trace in own if (reused := trace.reused()) is not None]
         if 0 in shares:

@@ -19,7 +19,6 @@ __all__ = [
     "chunk_causal_work",
     "count_work",
     "explain_difference",
-    "plan_job",
     "published_causal_work",
     "published_work",
     "vanilla_work",
@@ -33,9 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_runtime.options import GenerationOptions
-from mc_runtime.run_plan import plan_run
-from mc_runtime.schedule import WAN_GRID, LatentGrid, StepMatrix
+from mc_runtime.run_plan import RunPlan
+from mc_runtime.schedule import StepMatrix
 from motioncache.trace import DecisionTrace, Mode
 
 PUBLISHED_TEXT_TOKENS = 512
@@ -136,26 +134,10 @@ class Job:
     text_tokens: tuple[int, ...]
     matrices: tuple[StepMatrix, ...]
 
-
-def plan_job(
-    options: GenerationOptions,
-    text_tokens: Sequence[int],
-    prefix_latent_frames: int = 0,
-    grid: LatentGrid = WAN_GRID,
-) -> Job:
-    """Work out the sizes and the schedule of a generation.
-
-    Args:
-        options: Accepted by `validate_options`.
-        text_tokens: T of each guidance branch.
-        prefix_latent_frames: As for `plan_windows`.
-        grid: Of the model.
-
-    Returns:
-        The job.
-    """
-    plan = plan_run(options, prefix_latent_frames, grid)
-    return Job(plan.shape.tokens, tuple(text_tokens), plan.matrices)
+    @classmethod
+    def from_plan(cls, plan: RunPlan, text_tokens: Sequence[int]) -> "Job":
+        """Take what counts from a plan; T of each guidance branch is not in it."""
+        return cls(plan.shape.tokens, tuple(text_tokens), plan.matrices)
 
 
 class _Passes(NamedTuple):

@@ -3,11 +3,11 @@
 Neighbours: `mc-generate` checks its outputs; `VideoWriter` and `write_record` write them.
 """
 
-__all__ = ["check_output", "hidden_path", "replace_file", "write_failure"]
+__all__ = ["check_distinct", "check_output", "hidden_path", "replace_file", "write_failure"]
 
 import os
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +38,26 @@ def check_output(path: Path, overwrite: bool) -> None:
             f"{path}: expected a folder that takes new files, got: {error.strerror}. "
             "Choose another."
         ) from error
+
+
+def check_distinct(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse outputs that would replace each other, or an input, without which no run repeats.
+
+    Args:
+        outputs: Files to write.
+        inputs: Files that are read.
+
+    Raises:
+        ValueError: An output is the same file as another output or an input.
+    """
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path}: expected a file of its own, got another output or an input. "
+                "Choose another name."
+            )
+        taken.add(path.resolve())
 
 
 def hidden_path(path: Path) -> Path:

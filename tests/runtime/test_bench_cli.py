@@ -2,21 +2,26 @@
 
 import json
 import re
+import shutil
 import statistics
-from dataclasses import asdict, fields
+import sys
+from dataclasses import asdict, fields, replace
+from typing import ClassVar
 
 import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mc_runtime import bench_baseline, bench_cli, bench_page, bench_policies
+from mc_engines.bundle_additions import add_files
+from mc_runtime import bench_baseline, bench_cli, bench_policies, bench_report
 from mc_runtime.bench_cli import main
-from mc_runtime.bench_page import draw_plot, render_page
-from mc_runtime.bench_policies import Bench
+from mc_runtime.bench_page import render_page
+from mc_runtime.bench_policies import Bench, Turn
 from mc_runtime.bench_report import BUSY_SPREAD, read_schema
-from mc_runtime.flops import ModelFlops, chunk_causal_work, count_work, plan_job, vanilla_work
+from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work, vanilla_work
 from mc_runtime.options import GenerationOptions
+from motioncache import Preset
 
 OPTIONS = GenerationOptions(num_frames=37, height=64, width=64, num_inference_steps=6, ar_step=2)
 SIZES = ("--num-frames=37", "--height=64", "--width=64", "--num-inference-steps=6", "--ar-step=2")
@@ -129,7 +134,7 @@ def test_ratios_and_shares_follow_from_the_samples(report):
 
 def test_flops_and_reuse_are_those_of_the_traces(report, tiny):
     flops = ModelFlops.from_manifest(tiny.bundle.manifest.config["transformer"])
-    job = plan_job(OPTIONS, [512, 512])
+    job = Job.from_plan(tiny.plan(OPTIONS), [512, 512])
     vanilla, causal = vanilla_work(flops, job), chunk_causal_work(flops, job)
     assert report["baseline_flops"] == {
         "every_chunk_every_row": vanilla.to_json(),
@@ -157,7 +162,7 @@ def test_padding_is_counted_as_waste(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.transformer), "bucket", lambda self, k, tokens: tokens * (k > 0))
     policy = tiny.find_policy("motioncache", MOTIONCACHE)
     wide = Bench(tiny, {"none": tiny.find_policy("none"), "wide": policy}, OPTIONS, ["a bird"], 1)
-    report = bench_cli._measure(wide, None, None, quiet=True)
+    report = bench_cli._measure(wide, None, None, lambda _: None)
     trace = tiny.run("a bird", policy=policy, options=OPTIONS, decode=False).trace
     flops = ModelFlops.from_manifest(tiny.bundle.manifest.config["transformer"])
     asked, done = (count_work(flops, trace, padded=padded).total for padded in (False, True))
@@ -201,26 +206,6 @@ def test_the_page_needs_no_other_file(report, measured):
     assert render_page(report) == page
 
 
-def test_the_plot_has_a_point_per_policy_and_region(report):
-    quiet = report | {"reference_kernel": report["reference_kernel"] | {"busy": False}}
-    axes = draw_plot(quiet).axes[0]
-    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
-    expected = []
-    for entry in report["policies"]:
-        for region in ("whole", "moving"):
-            psnr = entry["fidelity"]["mean"][region]["psnr"]
-            expected.append((entry["speedup"], 1.0 if psnr is None else psnr))
-    assert places == expected
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        entry["policy"] for entry in report["policies"]
-    ]
-    busy = report | {"reference_kernel": report["reference_kernel"] | {"busy": True}}
-    axes = draw_plot(busy).axes[0]
-    assert axes.get_xlabel() == "FLOPs of none / FLOPs (the machine was too busy to time)"
-    ratios = [entry["flops_ratio"]["chunk_causal"] for entry in report["policies"]]
-    assert [line.get_xdata()[0] for line in axes.lines[::2]] == ratios
-
-
 def run_quickly(bundle, tmp_path, *arguments):
     """One turn of `none`; return the report."""
     path = tmp_path / "report.json"
@@ -234,9 +219,6 @@ def run_quickly(bundle, tmp_path, *arguments):
 def test_a_busy_machine_gets_no_verdict(tiny_bundle, tmp_path, monkeypatch, slow, verdict):
     samples = iter([10.0, 10.0 * slow, 10.0])
     monkeypatch.setattr(bench_policies, "_time_reference", lambda: next(samples))
-    monkeypatch.setattr(
-        "mc_runtime.bench_report._median", lambda turns: 1 / len(turns[0].trace.run)
-    )
     ratios = {"none": 2.0, "flowcache": 1.0}
     monkeypatch.setattr(
         "mc_runtime.bench_report._median",
@@ -249,6 +231,35 @@ def test_a_busy_machine_gets_no_verdict(tiny_bundle, tmp_path, monkeypatch, slow
         "No verdict: the reference kernel varied by 1.40, more than 1.3; the machine is busy with "
         "something else."
     ] * (verdict is None)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "spread", "verdict"),
+    [
+        *((1.2, 1.1, "faster"), (1.05, 1.1, "no difference"), (0.95, 1.1, "no difference")),
+        *((0.8, 1.1, "slower"), (1.2, 1.3, "no difference"), (1.4, 1.3, "faster")),
+        *((2.0, 1.31, None), (0.5, 1.31, None)),
+    ],
+)
+def test_a_verdict_needs_more_than_the_machine_varies(speedup, spread, verdict):
+    assert bench_report._judge_speed(speedup, spread) == verdict
+
+
+def test_a_preset_for_other_steps_is_said_before_the_runs_and_in_the_report(tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    options = {"coefficients": (1.0, 0.0), "threshold": 1.5, "warmup_steps": 1}
+    preset = Preset("flowcache", "long", options, "calibrated", "a test", steps=50)
+    presets = {preset.key: preset.to_json()}
+    add_files(bundle, {}, lambda manifest: replace(manifest, presets=presets))
+    path = tmp_path / "report.json"
+    arguments = ("--policies=flowcache:long", "--prompt=a", "--rounds=1", "-o", path)
+    result = bench(bundle, *SIZES, *arguments)
+    said = (
+        "flowcache:long: expected 50 steps, for which the preset was made, got 6. "
+        "Run mc-calibrate with these."
+    )
+    assert result.stderr.startswith(f"{said}\nturn 1")
+    assert json.loads(path.read_text())["caveats"].count(said) == 1
 
 
 def test_without_a_vae_there_are_no_frames_and_that_is_said_once(
@@ -267,12 +278,65 @@ def test_diffusers_runs_beside_the_policies(tiny_bundle, tiny_checkpoint, tmp_pa
         tiny_bundle, tmp_path, "--baseline=diffusers", "--checkpoint", tiny_checkpoint
     )
     theirs = report["diffusers"]
-    assert theirs["latents_max_difference"] <= 1e-3
+    difference = theirs["latents_max_difference"]
+    assert difference <= 1e-3
+    assert said_of_diffusers(report) == [ran_apart(difference)]
     assert theirs["none_fidelity"]["mean"]["whole"]["psnr"] > 60
     assert theirs["versions"]["diffusers"] == "0.42.1"
     none = report["policies"][0]["median_seconds"]
     assert theirs["none_speedup"] == theirs["median_seconds"] / none
     assert len(report["reference_kernel"]["samples_ms"]) == 3
+
+
+def said_of_diffusers(report):
+    return [text for text in report["caveats"] if "its by" in text or "checkpoint" in text]
+
+
+def ran_apart(difference):
+    return (
+        "diffusers ran in a process of its own, in torch on the CPU; the latents of none differ "
+        f"from its by at most {difference:.1e}."
+    )
+
+
+class AnotherModel:
+    """Stands for diffusers on another checkpoint: its latents are the noise."""
+
+    versions: ClassVar = {"diffusers": "0.42.1"}
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def contender(self, noise, embeddings):
+        return lambda prompt, rows: Turn(prompt, 0, 1.0, [noise])
+
+    def frames(self, prompt):
+        return None
+
+
+def test_diffusers_on_another_checkpoint_is_noticed(tiny, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_cli, "DiffusersProcess", AnotherModel)
+    report = run_quickly(tiny_bundle, tmp_path, "--baseline=diffusers", "--checkpoint", tmp_path)
+    ours = tiny.run("a", options=OPTIONS, decode=False).latents
+    difference = float(np.abs(ours - tiny.draw_noise(OPTIONS)).max())
+    assert report["diffusers"]["latents_max_difference"] == difference > 1e-3
+    assert said_of_diffusers(report) == [
+        ran_apart(difference),
+        "A difference of more than 0.001 is no rounding: is it the checkpoint of this bundle?",
+    ]
+
+
+def test_without_torch_the_baseline_says_what_to_install(tiny_bundle, tiny_checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    baseline = ("--baseline=diffusers", "--checkpoint", tiny_checkpoint)
+    result = bench(tiny_bundle, *SIZES, "--prompt=a", *baseline, code=1)
+    assert result.stderr == "torch: not installed. Run: pip install 'motioncache[export]'\n"
 
 
 def test_a_process_that_ends_is_an_error_with_what_it_said(
@@ -310,7 +374,10 @@ def test_an_error_of_the_process_is_passed_on(tiny_bundle, tmp_path):
             ("--prompt=a", "--prompts={file}"),
             "Missing option '--prompt' or '--prompts'. Give one of them.",
         ),
-        (("--prompts={file}",), "{file}: expected a prompt per line, got none. Write some."),
+        (
+            ("--prompts={file}",),
+            "{file}: expected at least 1 different prompts, one per line, got 0. Write more.",
+        ),
         (
             ("--prompt=a", "--policies=flowcache,flowcache"),
             "policies: expected each once, got flowcache more than once. Leave it out.",
@@ -322,7 +389,18 @@ def test_an_error_of_the_process_is_passed_on(tiny_bundle, tmp_path):
         ),
         (
             ("--prompt=a", "-o", "{new}", "--html", "{new}"),
-            "{new}: expected a file of its own, got that of --output. Choose another name.",
+            "{new}: expected a file of its own, got another output or an input. "
+            "Choose another name.",
+        ),
+        (
+            ("--prompts={file}", "-o", "{file}", "--overwrite"),
+            "{file}: expected a file of its own, got another output or an input. "
+            "Choose another name.",
+        ),
+        (
+            ("--prompt=a", "--lpips={file}", "--html", "{file}", "--overwrite"),
+            "{file}: expected a file of its own, got another output or an input. "
+            "Choose another name.",
         ),
         (
             ("--prompt=a", "-o", "{file}"),
@@ -358,14 +436,6 @@ def test_frames_that_cannot_be_judged_are_refused_before_anything_runs(
     (tmp_path / "lpips.onnx").write_text("graph")
     result = bench(tiny_bundle, *SIZES, "--prompt=a", "--lpips", tmp_path / "lpips.onnx", code=2)
     assert result.stderr == "frames: expected larger ones, got (1, 64, 64, 3).\n"
-
-
-@pytest.mark.parametrize(
-    ("flops", "text"),
-    [(0, "0"), (999, "999"), (999_600, "1M"), (1234, "1.23k"), (113.6e15, "114P")],
-)
-def test_operations_have_three_digits_and_a_prefix(flops, text):
-    assert bench_page._count(flops) == text
 
 
 def test_prompts_come_from_the_lines_of_a_file(tiny_bundle, tmp_path):

@@ -1,5 +1,6 @@
 """What mc-bench runs: the policies asked for, in turns, on the same noise; and what it compares."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -102,8 +103,20 @@ def test_a_warm_up_that_never_ends_is_refused_before_anything_runs(tiny, monkeyp
     pairs = ["flowcache.coefficients=1,0", "flowcache.threshold=0.1", "flowcache.warmup_steps=6"]
     bench = Bench(tiny, choose_policies(tiny, "flowcache", pairs), OPTIONS, ["a"], 1)
     with pytest.raises(ValueError) as caught:
-        check_policies(bench)
+        check_policies(bench, pytest.fail)
     assert str(caught.value).startswith("warmup_steps: expected at most 5 with 6 steps")
+
+
+def test_a_preset_for_other_steps_is_said_once_and_not_by_its_turns(bench):
+    made = replace(bench.policies["flowcache"], preset="slow", made_for_steps=50)
+    bench, notes = replace(bench, policies=bench.policies | {"flowcache": made}), []
+    check_policies(bench, notes.append)
+    assert notes == [
+        "flowcache:slow: expected 50 steps, for which the preset was made, got 6. "
+        "Run mc-calibrate with these."
+    ]
+    with warnings.catch_warnings(action="error"):
+        contenders_of(bench)["flowcache"](0, 1)
 
 
 def fake(name, log):

@@ -21,12 +21,12 @@ from mc_runtime.flops import (
     chunk_causal_work,
     count_work,
     explain_difference,
-    plan_job,
     published_causal_work,
     published_work,
     vanilla_work,
 )
 from mc_runtime.options import GenerationOptions
+from mc_runtime.run_plan import plan_run
 from mc_runtime.schedule import plan_windows, step_matrix
 from motioncache.policy import RunShape
 from motioncache.trace import DecisionTrace, Mode
@@ -34,7 +34,7 @@ from motioncache.trace import DecisionTrace, Mode
 DF_1_3B = ModelFlops.from_manifest(
     describe_transformer(PUBLISHED["skyreels-df-1.3b-540p"].transformer)
 )
-PUBLISHED_JOB = plan_job(GenerationOptions(num_frames=177), text_tokens=(512, 512))
+PUBLISHED_JOB = Job.from_plan(plan_run(GenerationOptions(num_frames=177)), (512, 512))
 TINY = ModelFlops(layers=2, dim=24, ffn_dim=40, text_dim=20, patch_in=16, patch_out=12)
 # Tokens of a chunk: 2 latent frames of 2x3. A video of windows of 4 latent frames.
 TINY_OPTIONS = GenerationOptions(
@@ -97,7 +97,7 @@ def test_a_long_video_of_diffusers(diffusers, tiny_checkpoint):
     texts = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
     counts = count(lambda: model.run(TINY_OPTIONS, noise, **texts))
     flops = ModelFlops.from_manifest(describe_transformer(model.transformer.config))
-    job = plan_job(TINY_OPTIONS, text_tokens=(7, 5))
+    job = Job.from_plan(plan_run(TINY_OPTIONS), (7, 5))
     assert len(job.matrices) == 3
     assert diffusers_work(counts, flops.layers) == vanilla_work(flops, job)
 
@@ -161,7 +161,7 @@ def test_the_published_formula():
 @pytest.mark.parametrize("text", [(512, 512), (512, 40), (300,)])
 @pytest.mark.parametrize("frames", [97, 177, 257])
 def test_the_difference_from_the_published_number_is_itemised(text, frames):
-    job = plan_job(GenerationOptions(num_frames=frames), text)
+    job = Job.from_plan(plan_run(GenerationOptions(num_frames=frames)), text)
     lines = explain_difference(DF_1_3B, job)
     ours, published = chunk_causal_work(DF_1_3B, job), published_work(DF_1_3B, job)
     assert sum(lines.values()) == ours.total - published.total
@@ -218,7 +218,7 @@ def loop(options, text, prefix=0):
 @pytest.mark.parametrize("text", [(9,), (9, 4)])
 def test_a_loop_over_the_schedule(ar_step, base, prefix, text):
     options = replace(TINY_OPTIONS, ar_step=ar_step, base_num_frames=base)
-    job = plan_job(options, text, prefix)
+    job = Job.from_plan(plan_run(options, prefix), text)
     counted = (
         chunk_causal_work(TINY, job),
         published_causal_work(TINY, job).total,
@@ -273,7 +273,7 @@ def test_a_loop_over_a_trace(seed, branches, padded):
 
 
 def test_a_trace_that_skips_nothing_is_the_policy_none():
-    job = plan_job(TINY_OPTIONS, text_tokens=(9, 4))
+    job = Job.from_plan(plan_run(TINY_OPTIONS), (9, 4))
     active = np.concatenate([matrix.update for matrix in job.matrices])
     rows = [len(matrix.step) for matrix in job.matrices]
     starts = tuple(np.cumsum([0, *rows[:-1]]).tolist())
@@ -301,9 +301,9 @@ def test_long_videos_do_not_overflow():
         describe_transformer(PUBLISHED["skyreels-df-14b-720p"].transformer)
     )
     options = GenerationOptions(num_frames=97 + 80 * 180, height=720, width=1280)
-    job = plan_job(options, (512, 512))
-    one = plan_job(replace(options, num_frames=97), (512, 512))
-    two = plan_job(replace(options, num_frames=177), (512, 512))
+    job = Job.from_plan(plan_run(options), (512, 512))
+    one = Job.from_plan(plan_run(replace(options, num_frames=97)), (512, 512))
+    two = Job.from_plan(plan_run(replace(options, num_frames=177)), (512, 512))
     for counted in (vanilla_work, published_work):
         first, second = (counted(large, each).total for each in (one, two))
         assert counted(large, job).total == first + 180 * (second - first) > 2**63
