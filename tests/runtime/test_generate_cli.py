@@ -387,7 +387,7 @@ def test_policy_options_reach_the_policy_and_the_record(fake, folder):
     config = fake.calls[0]["policy"].config
     assert (config.threshold, config.coefficients, config.compat) == (0.5, (1, 0), "reference")
     record = json.loads((folder / "out.json").read_text())
-    assert (record["policy"], record["preset"]) == ("flowcache", "calibrated")
+    assert (record["policy"], record["preset"]) == ("flowcache", "calibrated (changed)")
     generate("--repeat", "out.json", "--save-latents", "again.npz")
     assert fake.calls[1]["policy"].config == config
 
