@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
 from mc_runtime.options import GenerationOptions
-from mc_runtime.output_file import check_output, replace_file
+from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.overlay import write_overlay
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule_table import Schedule, forecast_schedule
@@ -213,7 +213,10 @@ def _show_trace(
     recorded = trace.run.get("video")
     if video is None and recorded is not None and Path(recorded).is_file():
         video = Path(recorded)
-    _check_outputs([html, overlay], [path, video], overwrite)
+    outputs = [output for output in (html, overlay) if output is not None]
+    check_distinct(outputs, filter(None, (path, video)))
+    for output in outputs:
+        check_output(output, overwrite)
     if overlay is not None and video is None:
         got = f"{recorded}, which is not there" if recorded else "none"
         raise ValueError(f"{path}: expected the video of the run, got {got}. Pass --video FILE.")
@@ -234,25 +237,6 @@ def _show_trace(
         for chunk in chunks:
             table.add_row(*chunk)
         console.print(table)
-
-
-def _check_outputs(
-    outputs: Sequence[Path | None], inputs: Sequence[Path | None], overwrite: bool
-) -> None:
-    """Refuse outputs that exist, or that would replace each other or an input.
-
-    Raises:
-        ValueError: With the output.
-    """
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path in filter(None, outputs):
-        if path.resolve() in taken:
-            raise ValueError(
-                f"{path}: expected a file of its own, got an input or another output. "
-                "Choose another name."
-            )
-        check_output(path, overwrite)
-        taken.add(path.resolve())
 
 
 def _check_trace(path: Path, trace: DecisionTrace, bundle: Path | None) -> None:

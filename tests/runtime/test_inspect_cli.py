@@ -382,7 +382,7 @@ def test_outputs_never_replace_an_input_or_each_other(traced, tmp_path):
         (new, ("--html", new, "--overlay", new)),
     ):
         refused(
-            f"{taken}: expected a file of its own, got an input or another output. "
+            f"{taken}: expected a file of its own, got another output or an input. "
             "Choose another name.",
             "--trace", traced, "--overwrite", *flags,
         )  # fmt: skip
