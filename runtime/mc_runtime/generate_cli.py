@@ -24,7 +24,7 @@ from mc_engines.command import INTERRUPTED, command
 from mc_engines.errors import require
 from mc_runtime.display import Display
 from mc_runtime.options import Chunk, GenerationOptions
-from mc_runtime.output_file import check_output, replace_file
+from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
 from mc_runtime.run_record import hash_files, read_options, record_run, write_record
 from mc_runtime.video import VideoWriter, read_video
@@ -151,7 +151,7 @@ def main(
         values |= _replace_recorded(read_options(repeat, pipeline.bundle), given)
         pipeline = VideoPipeline(pipeline.bundle, values["threads"])
     run = _prepare(pipeline, values, given, output, save_latents, trace)
-    _check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
+    check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
     interrupted = _generate(run, record, quiet)
     if interrupted:
         ctx.exit(INTERRUPTED)
@@ -170,18 +170,6 @@ def _replace_recorded(recorded: dict[str, Any], given: Mapping[str, Any]) -> dic
             recorded[loses] = None
     options = () if "policy" in given else recorded["policy_option"]
     return {**recorded, **given, "policy_option": (*options, *given.get("policy_option", ()))}
-
-
-def _check_distinct(outputs: list[Path], inputs: list[Path]) -> None:
-    """Refuse outputs that would replace each other, or an input, without which no run repeats."""
-    taken = {path.resolve() for path in inputs}
-    for path in outputs:
-        if path.resolve() in taken:
-            raise ValueError(
-                f"{path}: expected a file of its own, got another output or an input. "
-                "Choose another name."
-            )
-        taken.add(path.resolve())
 
 
 def _prepare(

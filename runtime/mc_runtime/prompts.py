@@ -27,7 +27,7 @@ def read_prompts(path: Path, least: int = 1) -> tuple[str, ...]:
     prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if len(prompts) < least:
         raise ValueError(
-            f"{path}: expected at least {least} different prompts, one per line, got "
+            f"{path}: expected different prompts, one per line, at least {least}, got "
             f"{len(prompts)}. Write more."
         )
     return prompts

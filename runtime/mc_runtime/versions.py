@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib import metadata
 
-_PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "av")
+_PACKAGES = ("motioncache", "numpy", "onnxruntime", "onnxruntime-gpu", "av", "scikit-image")
 
 
 def list_versions() -> dict[str, str]:

@@ -376,7 +376,7 @@ def test_an_error_of_the_process_is_passed_on(tiny_bundle, tmp_path):
         ),
         (
             ("--prompts={file}",),
-            "{file}: expected at least 1 different prompts, one per line, got 0. Write more.",
+            "{file}: expected different prompts, one per line, at least 1, got 0. Write more.",
         ),
         (
             ("--prompt=a", "--policies=flowcache,flowcache"),

@@ -225,7 +225,7 @@ def test_a_preset_is_replaced_only_on_demand_damaged_or_not(bundle, two_prompts,
         (("--height", 33), "height: expected a multiple of 16, got 33. Use 32 or 48."),
         (
             ("--prompts", "{file}"),
-            "{file}: expected at least 2 different prompts, one per line, got 1. Write more.",
+            "{file}: expected different prompts, one per line, at least 2, got 1. Write more.",
         ),
         (
             ("--policy-option", "threshold=0.1"),

@@ -14,7 +14,7 @@ def test_prompts_are_the_lines_that_say_something_each_once(tmp_path):
     with pytest.raises(ValueError) as error:
         read_prompts(path, least=2)
     assert str(error.value) == (
-        f"{path}: expected at least 2 different prompts, one per line, got 1. Write more."
+        f"{path}: expected different prompts, one per line, at least 2, got 1. Write more."
     )
 
 
