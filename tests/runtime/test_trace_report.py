@@ -193,6 +193,8 @@ def test_the_moments_are_about_eight_and_after_the_warm_up(trace):
     assert rows == sorted(set(rows))
     assert all((~np.isnan(trace.distance[row])).any() for row in rows)
     assert rows[0] < 10 and rows[-1] == len(trace.mode) - 2  # the last step is forced
+    replayed = trace_report._moments(replace(trace, distance=np.full_like(trace.distance, np.nan)))
+    assert (replayed[0][0], replayed[1][-1]) == (0, len(trace.mode) - 1)
 
 
 def test_maps_show_the_middle_frame_of_each_chunk(trace, file):
