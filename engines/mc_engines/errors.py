@@ -17,6 +17,7 @@ __all__ = [
     "McError",
     "MissingExtraError",
     "ParityError",
+    "missing_extra",
     "require",
 ]
 
@@ -64,6 +65,17 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f"{module}: not installed. Run: pip install 'motioncache[{extra}]'"
-        ) from error
+        raise missing_extra(module, extra) from error
+
+
+def missing_extra(module: str, extra: str) -> MissingExtraError:
+    """Make the error of an optional dependency that is not there, for who only looks for it.
+
+    Args:
+        module: Import name.
+        extra: Extra of this distribution that installs it.
+
+    Returns:
+        The error to raise.
+    """
+    return MissingExtraError(f"{module}: not installed. Run: pip install 'motioncache[{extra}]'")

@@ -59,7 +59,8 @@ OTHER_MESSAGES = {
 
 def messages(tree: ast.Module) -> list[str]:
     """Messages of the errors that a module makes, {} for what is filled in."""
-    errors = {"ValueError", "TypeError", "OSError", *mc_engines.errors.__all__} - {"require"}
+    errors = {"ValueError", "TypeError", "OSError", *mc_engines.errors.__all__}
+    errors -= {"missing_extra", "require"}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
