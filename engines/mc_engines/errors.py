@@ -17,7 +17,7 @@ __all__ = [
     "McError",
     "MissingExtraError",
     "ParityError",
-    "missing_extra",
+    "not_installed",
     "require",
 ]
 
@@ -65,17 +65,17 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise missing_extra(module, extra) from error
+        raise MissingExtraError(not_installed(module, extra)) from error
 
 
-def missing_extra(module: str, extra: str) -> MissingExtraError:
-    """Make the error of an optional dependency that is not there, for who only looks for it.
+def not_installed(module: str, extra: str) -> str:
+    """Return the message of a missing optional dependency, with the command that installs it.
 
     Args:
         module: Import name.
         extra: Extra of this distribution that installs it.
 
     Returns:
-        The error to raise.
+        Text for a `MissingExtraError`.
     """
-    return MissingExtraError(f"{module}: not installed. Run: pip install 'motioncache[{extra}]'")
+    return f"{module}: not installed. Run: pip install 'motioncache[{extra}]'"

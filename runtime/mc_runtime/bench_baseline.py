@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mc_engines.errors import EngineError, missing_extra
+from mc_engines.errors import EngineError, MissingExtraError, not_installed
 from mc_runtime.bench_policies import Contender, Frames, Latents, Turn
 from mc_runtime.options import GenerationOptions
 
@@ -53,7 +53,7 @@ class DiffusersProcess:
                     f"got {getattr(options, name)}. Leave one of them out."
                 )
         if find_spec("torch") is None:  # looked for, not imported: it is for the process alone
-            raise missing_extra("torch", "export")
+            raise MissingExtraError(not_installed("torch", "export"))
         self._folder, self._options = folder, asdict(options)
         self._log = (folder / "log.txt").open("w")
         command = [sys.executable, "-m", MODULE, str(checkpoint)]

@@ -52,7 +52,6 @@ OTHER_MESSAGES = {
     "{}: ONNX Runtime: {}",
     "{}: ONNX Runtime cannot load it: {}",
     "The function gave other outputs than its graph. {}",
-    "{}: not installed. Run: pip install 'motioncache[{}]'",
     "{}, to fetch {}; or give --checkpoint: {}.",
 }
 
@@ -60,7 +59,7 @@ OTHER_MESSAGES = {
 def messages(tree: ast.Module) -> list[str]:
     """Messages of the errors that a module makes, {} for what is filled in."""
     errors = {"ValueError", "TypeError", "OSError", *mc_engines.errors.__all__}
-    errors -= {"missing_extra", "require"}
+    errors -= {"not_installed", "require"}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
