@@ -9,18 +9,19 @@ __all__ = [
     "REFERENCE",
     "Compat",
     "Switches",
+    "ThresholdConfig",
     "check_number",
-    "check_rescaling",
-    "check_warmup",
     "switches",
 ]
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from motioncache.policy import RunShape
+import numpy as np
+
+from motioncache.distance import rescale
+from motioncache.policy import Plan, RunShape
 
 Compat = Literal["fixed", "reference"]
 
@@ -86,30 +87,60 @@ def _is_finite(value: Any) -> bool:
     return number and math.isfinite(value)
 
 
-def check_rescaling(threshold: Any, coefficients: Sequence[Any]) -> None:
-    """Refuse a threshold or a polynomial that no distance can be compared with.
+@dataclass(frozen=True, kw_only=True)
+class ThresholdConfig:
+    """What every policy that accumulates a distance is set by.
 
-    Raises:
-        ValueError: With what is expected.
+    Attributes:
+        threshold: Accumulated rescaled distance at which it computes again.
+        coefficients: Of the polynomial p that rescales a distance, highest power first.
+        warmup_steps: W; steps 0 to W are computed in full.
     """
-    check_number("threshold", threshold)
-    if not coefficients or not all(map(_is_finite, coefficients)):
-        raise ValueError(
-            "coefficients: expected finite numbers, highest power first, got "
-            f"{', '.join(map(str, coefficients)) or 'none'}. "
-            "Run mc-calibrate to fit them, or pass 1,0 for the distance itself."
-        )
 
+    threshold: float
+    coefficients: tuple[float, ...]
+    warmup_steps: int = 4
 
-def check_warmup(warmup_steps: int, shape: RunShape) -> None:
-    """Refuse a warm-up that does not end within a run.
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold)
+        if not self.coefficients or not all(map(_is_finite, self.coefficients)):
+            raise ValueError(
+                "coefficients: expected finite numbers, highest power first, got "
+                f"{', '.join(map(str, self.coefficients)) or 'none'}. "
+                "Run mc-calibrate to fit them, or pass 1,0 for the distance itself."
+            )
+        check_number("warmup_steps", self.warmup_steps, whole=True)
 
-    Raises:
-        ValueError: With the largest that does.
-    """
-    if warmup_steps + 1 > shape.steps:
-        raise ValueError(
-            f"warmup_steps: expected at most {shape.steps - 1} with {shape.steps} steps, as steps "
-            f"0 to warmup_steps are computed in full, got {warmup_steps}. "
-            "Lower it or raise num_inference_steps."
-        )
+    def check(self, shape: RunShape) -> None:
+        """Refuse a run within which the warm-up does not end.
+
+        Raises:
+            ValueError: With the largest warm-up that does.
+        """
+        if self.warmup_steps + 1 > shape.steps:
+            raise ValueError(
+                f"warmup_steps: expected at most {shape.steps - 1} with {shape.steps} steps, as "
+                f"steps 0 to warmup_steps are computed in full, got {self.warmup_steps}. "
+                "Lower it or raise num_inference_steps."
+            )
+
+    def accumulate(
+        self, tokens: int, accumulated: float, distance: float, clamp: bool
+    ) -> tuple[Plan, float]:
+        """Add a distance up, all or nothing: compute and start anew at the threshold, else reuse.
+
+        Args:
+            tokens: L.
+            accumulated: Up to the step before.
+            distance: Relative change of the modulation.
+            clamp: Whether a negative rescaled distance counts as 0.
+
+        Returns:
+            The plan, and what has accumulated after the step.
+        """
+        rescaled = rescale(self.coefficients, distance, clamp)
+        accumulated += rescaled
+        compute = accumulated >= self.threshold
+        return Plan(
+            np.full(tokens, compute), rescaled, accumulated
+        ), 0.0 if compute else accumulated

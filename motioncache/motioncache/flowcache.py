@@ -18,39 +18,22 @@ __all__ = ["FlowCacheConfig", "FlowCacheState", "build", "init_state", "plan_ste
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
-from motioncache.config import (
-    Compat,
-    Switches,
-    check_number,
-    check_rescaling,
-    check_warmup,
-    switches,
-)
-from motioncache.distance import rescale
+from motioncache.config import Compat, Switches, ThresholdConfig, switches
 from motioncache.policy import Plan, Policy, RunShape, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowCacheConfig:
-    """Settings of FlowCache.
+class FlowCacheConfig(ThresholdConfig):
+    """Settings of FlowCache, besides those of every policy with a threshold.
 
     Attributes:
-        threshold: Accumulated rescaled distance at which a chunk is computed again.
-        coefficients: Of the polynomial p, highest power first.
-        warmup_steps: W; steps 0 to W are computed in full.
         compat: `fixed`, `reference`, or single switches.
     """
 
-    threshold: float
-    coefficients: tuple[float, ...]
-    warmup_steps: int = 4
     compat: Compat | Switches = "fixed"
 
     def __post_init__(self) -> None:
-        check_rescaling(self.threshold, self.coefficients)
-        check_number("warmup_steps", self.warmup_steps, whole=True)
+        super().__post_init__()
         switches(self.compat)
 
 
@@ -88,14 +71,11 @@ def plan_step(
         The plan, all or nothing, and the state after the step.
     """
     shape, coming = state.shape, state.step + 1
-    forced = state.step <= config.warmup_steps or coming == shape.steps
-    if forced:
-        return Plan(np.ones(shape.tokens, np.bool_)), FlowCacheState(shape, coming)
-    rescaled = rescale(config.coefficients, distance, switches(config.compat).clamp_distance)
-    accumulated = state.accumulated + rescaled
-    compute = accumulated >= config.threshold
-    plan = Plan(np.full(shape.tokens, compute), rescaled, accumulated)
-    return plan, FlowCacheState(shape, coming, 0.0 if compute else accumulated)
+    if state.step <= config.warmup_steps or coming == shape.steps:
+        return Plan.full(shape.tokens), FlowCacheState(shape, coming)
+    clamp = switches(config.compat).clamp_distance
+    plan, accumulated = config.accumulate(shape.tokens, state.accumulated, distance, clamp)
+    return plan, FlowCacheState(shape, coming, accumulated)
 
 
 def build(config: FlowCacheConfig) -> Policy:
@@ -111,7 +91,7 @@ def build(config: FlowCacheConfig) -> Policy:
         "flowcache",
         partial(init_state, config),
         partial(plan_step, config),
-        check=partial(check_warmup, config.warmup_steps),
+        check=config.check,
         clean_pass=switches(config.compat).clean_pass,
         config=config,
     )

@@ -54,26 +54,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from motioncache.config import (
-    Compat,
-    Switches,
-    check_number,
-    check_rescaling,
-    check_warmup,
-    switches,
-)
+from motioncache.config import Compat, Switches, ThresholdConfig, check_number, switches
 from motioncache.distance import EPSILON, rescale
 from motioncache.policy import Plan, Policy, RunShape, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
-class MotionCacheConfig:
-    """Settings of MotionCache.
+class MotionCacheConfig(ThresholdConfig):
+    """Settings of MotionCache, besides those of every policy with a threshold.
 
     Attributes:
-        threshold: Accumulated weighted distance at which a token is recomputed.
-        coefficients: Of the polynomial p, highest power first.
-        warmup_steps: W; steps 0 to W are computed in full.
         coarse_updates: K; updates before the motion weights count.
         weight_floor: Weight of the token that moves least, 0 to 1. At 1 nothing is weighted.
         vote_threshold: v, 0 to below 1; None switches voting off.
@@ -81,9 +71,6 @@ class MotionCacheConfig:
         compat: `fixed`, `reference`, or single switches.
     """
 
-    threshold: float
-    coefficients: tuple[float, ...]
-    warmup_steps: int = 4
     coarse_updates: int = 6
     weight_floor: float = 0.6
     vote_threshold: float | None = 0.5
@@ -91,8 +78,7 @@ class MotionCacheConfig:
     compat: Compat | Switches = "fixed"
 
     def __post_init__(self) -> None:
-        check_rescaling(self.threshold, self.coefficients)
-        check_number("warmup_steps", self.warmup_steps, whole=True)
+        super().__post_init__()
         check_number("coarse_updates", self.coarse_updates, whole=True)
         check_number("weight_floor", self.weight_floor, high=1)
         if self.vote_threshold is not None:
@@ -151,8 +137,7 @@ def plan_step(
     last = chosen.force_last_step and coming.step == state.shape.steps
     if state.step <= config.warmup_steps or last:
         fine = state.fine or (state.step == config.warmup_steps and config.coarse_updates == 0)
-        everything = np.ones(state.shape.tokens, np.bool_)
-        return Plan(everything, wants_motion=fine), replace(coming, fine=fine)
+        return Plan.full(state.shape.tokens, fine), replace(coming, fine=fine)
     rescaled = rescale(config.coefficients, distance, chosen.clamp_distance)
     accumulated = state.accumulated + np.float32(rescaled) * state.weights
     recompute = _choose_tokens(config, state.shape.frames, accumulated)
@@ -249,7 +234,7 @@ def build(config: MotionCacheConfig) -> Policy:
         partial(plan_step, config),
         partial(observe, config),
         weights=lambda state: state.weights if state.fine else None,
-        check=partial(check_warmup, config.warmup_steps),
+        check=config.check,
         clean_pass=chosen.clean_pass,
         reset_history=chosen.reset_history,
         config=config,

@@ -85,6 +85,11 @@ class Plan:
     accumulated: NDArray[np.float32] | float = float("nan")
     wants_motion: bool = False
 
+    @classmethod
+    def full(cls, tokens: int, wants_motion: bool = False) -> "Plan":
+        """Recompute every token, without asking for a distance."""
+        return cls(np.ones(tokens, np.bool_), wants_motion=wants_motion)
+
 
 def _see_nothing(state: Any, motion: NDArray[np.float32]) -> Any:
     return state
@@ -155,4 +160,4 @@ def _count_tokens(shape: RunShape, scope: Scope) -> int:
 
 
 def _recompute_all(tokens: int, distance: float) -> tuple[Plan, int]:
-    return Plan(np.ones(tokens, np.bool_)), tokens
+    return Plan.full(tokens), tokens

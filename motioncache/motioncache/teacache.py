@@ -21,30 +21,13 @@ __all__ = ["TeaCacheConfig", "TeaCacheState", "build", "init_state", "plan_step"
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
-from motioncache.config import check_number, check_rescaling, check_warmup
-from motioncache.distance import rescale
+from motioncache.config import ThresholdConfig
 from motioncache.policy import Plan, Policy, RunShape, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeaCacheConfig:
-    """Settings of TeaCache.
-
-    Attributes:
-        threshold: Accumulated rescaled distance at which a row is computed again.
-        coefficients: Of the polynomial p, highest power first.
-        warmup_steps: W; rows 0 to W of a window are computed in full.
-    """
-
-    threshold: float
-    coefficients: tuple[float, ...]
-    warmup_steps: int = 4
-
-    def __post_init__(self) -> None:
-        check_rescaling(self.threshold, self.coefficients)
-        check_number("warmup_steps", self.warmup_steps, whole=True)
+class TeaCacheConfig(ThresholdConfig):
+    """Settings of TeaCache, those of every policy with a threshold; W counts rows of a window."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +63,11 @@ def plan_step(
     Returns:
         The plan of each chunk, all or nothing, and the state after the row.
     """
+    tokens, coming = state.tokens, state.row + 1
     if state.row <= config.warmup_steps:
-        return Plan(np.ones(state.tokens, np.bool_)), TeaCacheState(state.tokens, state.row + 1)
-    rescaled = rescale(config.coefficients, distance, clamp=True)
-    accumulated = state.accumulated + rescaled
-    compute = accumulated >= config.threshold
-    plan = Plan(np.full(state.tokens, compute), rescaled, accumulated)
-    return plan, TeaCacheState(state.tokens, state.row + 1, 0.0 if compute else accumulated)
+        return Plan.full(tokens), TeaCacheState(tokens, coming)
+    plan, accumulated = config.accumulate(tokens, state.accumulated, distance, clamp=True)
+    return plan, TeaCacheState(tokens, coming, accumulated)
 
 
 def build(config: TeaCacheConfig) -> Policy:
@@ -102,7 +83,7 @@ def build(config: TeaCacheConfig) -> Policy:
         "teacache",
         partial(init_state, config),
         partial(plan_step, config),
-        check=partial(check_warmup, config.warmup_steps),
+        check=config.check,
         scope="window",
         config=config,
     )

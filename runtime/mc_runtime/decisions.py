@@ -60,7 +60,7 @@ class Decisions:
             else:
                 plan = self._step(chunk, self.table.of_step(steps[chunk]))
             if steps[chunk] == 0:
-                plan = Plan(np.ones(self.shape.tokens, np.bool_), wants_motion=plan.wants_motion)
+                plan = Plan.full(self.shape.tokens, plan.wants_motion)
         self.trace.step[row, chunk] = steps[chunk] + 1
         self.trace.recompute[at] = plan.recompute
         self.trace.distance[at] = plan.distance

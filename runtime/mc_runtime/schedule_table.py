@@ -166,7 +166,7 @@ def _follow_chunk(
 ) -> Iterator[Line]:
     plans = {step.number: step.plan for step in forecast_chunk(policy, shape, table)}
     if _forces_last(policy):
-        plans.setdefault(shape.steps, Plan(np.ones(shape.tokens, np.bool_)))
+        plans.setdefault(shape.steps, Plan.full(shape.tokens))
     for number, timestep in enumerate(timesteps.tolist(), start=1):
         distance, plan = table.of_step(number - 1), plans.get(number)
         yield Line(
