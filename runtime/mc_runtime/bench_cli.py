@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,18 @@ from mc_runtime.bench_policies import (
     Turn,
     check_policies,
     choose_policies,
-    encode_prompts,
     judge_frames,
     policy_contender,
     take_turns,
 )
 from mc_runtime.bench_report import DIFFUSERS, build_report
 from mc_runtime.fidelity import Lpips, compare_videos
-from mc_runtime.generate_cli import setting_options
+from mc_runtime.flags import FILE, INPUT, make_say, setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.prompts import read_prompts
+from mc_runtime.prompts import encode_prompts, read_prompts
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
 _PLAIN_WIDTH = 100  # columns where the output is not a terminal
 
 
@@ -87,7 +83,7 @@ def main() -> None:
 @click.option("--html", type=FILE, help="Page to write, with a plot.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
-@setting_options
+@setting_options()
 def run(
     bundle: Path,
     output: Path | None,
@@ -102,7 +98,7 @@ def run(
     _check_outputs((output, html), (values["prompts"], values["lpips"]), overwrite)
     if html is not None:
         require("matplotlib", "bench")
-    say: Callable[[str], None] = (lambda _: None) if quiet else partial(click.echo, err=True)
+    say = make_say(quiet)
     bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values, say)
     lpips = Lpips(values["lpips"], values["threads"]) if values["lpips"] else None
     _rehearse_judging(bench, lpips)
@@ -171,7 +167,7 @@ def _measure(
             baseline = stack.enter_context(
                 DiffusersProcess(checkpoint, folder, bench.options, bench.pipeline.threads)
             )
-        embeddings = encode_prompts(bench, say)
+        embeddings = encode_prompts(bench.pipeline, bench.prompts, bench.options, say)
         contenders = {
             name: policy_contender(bench, policy, embeddings)
             for name, policy in bench.policies.items()

@@ -12,7 +12,6 @@ __all__ = [
     "Turns",
     "check_policies",
     "choose_policies",
-    "encode_prompts",
     "judge_frames",
     "policy_contender",
     "take_turns",
@@ -160,28 +159,6 @@ def check_policies(bench: Bench, note: Callable[[str], None]) -> None:
     shape = bench.pipeline.plan(bench.options).shape
     for policy in bench.policies.values():
         check_policy(policy, shape, note)
-
-
-def encode_prompts(bench: Bench, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Encode every prompt, and the empty one for guidance, once for all turns.
-
-    Args:
-        bench: What is to be run.
-        note: Called with what the user should know, such as that a prompt was cut.
-
-    Returns:
-        For each prompt `prompt_embeds`, and with guidance `negative_prompt_embeds`.
-
-    Raises:
-        BundleError: The bundle has no text encoder.
-    """
-    embed, shared = bench.pipeline.embed_text, {}
-    if bench.options.guidance_scale > 1:
-        shared["negative_prompt_embeds"] = embed("negative_prompt", "", note)
-    return [
-        {"prompt_embeds": embed(f"prompt {number}", prompt, note), **shared}
-        for number, prompt in enumerate(bench.prompts, 1)
-    ]
 
 
 def policy_contender(

@@ -35,10 +35,10 @@ from mc_runtime.calibration import (
     record_changes,
 )
 from mc_runtime.display import Display
-from mc_runtime.generate_cli import setting_options
+from mc_runtime.flags import INPUT, make_say, setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.prompts import read_prompts
+from mc_runtime.prompts import encode_prompts, read_prompts
 from mc_runtime.threshold_search import (
     Target,
     Trial,
@@ -106,7 +106,7 @@ class _Result:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=INPUT,
     help="Text file, a prompt per line; empty lines and those with # are left out. "
     f"Default: {len(PROMPTS)} plain sentences.",
 )
@@ -133,7 +133,7 @@ class _Result:
 @click.option("--name", default="calibrated", show_default=True, help="Of the preset.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace a preset of that name.")
-@setting_options
+@setting_options()
 def main(
     bundle: Path,
     prompts: Path | None,
@@ -160,7 +160,7 @@ def main(
     key = _check_preset(pipeline, policy, name, overwrite)
     policy_options = _parse_policy_options(policy, policy_option)
     decode = _check_frames(pipeline, target)
-    say: Callable[[str], None] = (lambda _: None) if quiet else partial(click.echo, err=True)
+    say = make_say(quiet)
     options = GenerationOptions(**settings)
     job = _Job(pipeline, texts, options, decode, policy, policy_options, target, key, quiet, say)
     _check_steps(job)
@@ -244,25 +244,22 @@ def _check_steps(job: _Job) -> None:
         )
 
 
-def _encode_prompts(job: _Job) -> list[dict[str, Any]]:
+def _plan_runs(job: _Job) -> list[dict[str, Any]]:
     """Make the arguments of one run per prompt, each with a seed of its own."""
-    embed = job.pipeline.embed_text
-    shared: dict[str, Any] = {"decode": job.decode}
-    if job.options.guidance_scale > 1:
-        shared["negative_prompt_embeds"] = embed("negative_prompt", "", job.say)
+    encoded = encode_prompts(job.pipeline, job.prompts, job.options, job.say)
     return [
         {
-            "prompt_embeds": embed(f"prompt {number + 1}", prompt, job.say),
+            **embeddings,
             "options": replace(job.options, seed=job.options.seed + number),
-            **shared,
+            "decode": job.decode,
         }
-        for number, prompt in enumerate(job.prompts)
+        for number, embeddings in enumerate(encoded)
     ]
 
 
 def _calibrate(job: _Job) -> _Result:
     """Fit on the runs of one half, search on those of the other, and print both."""
-    runs = _encode_prompts(job)
+    runs = _plan_runs(job)
     fitted: list[Samples] = []
     references: list[Reference] = []
     for number, inputs in enumerate(runs):

@@ -1,7 +1,7 @@
 """`mc-generate`: from a prompt to an mp4, or to latents.
 
 Neighbours: `VideoPipeline` generates, `VideoWriter` writes, `run_record` says how to repeat it.
-The flags of the settings are those of `GenerationOptions`, whose defaults they show.
+The flags of the settings are those of `mc_runtime.flags`.
 """
 
 __all__ = ["main"]
@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from mc_engines.command import INTERRUPTED, command
 from mc_engines.errors import require
 from mc_runtime.display import Display
+from mc_runtime.flags import FILE, INPUT, make_say, setting_options
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
@@ -30,43 +30,12 @@ from mc_runtime.run_record import hash_files, read_options, record_run, write_re
 from mc_runtime.video import VideoWriter, read_video
 from motioncache import DecisionTrace, Policy
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
 _INPUT_FILES = "video", "prompt_embeds", "latents", "replay"
 _NOISE, _PROMPT, _NEGATIVE = "noise", "prompt_embeds", "negative_prompt_embeds"
 # What numpy raises for a text, a lone array, an empty, cut or damaged file.
 _NOT_NPZ = (
     OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error
 )  # fmt: skip
-_HELP = {
-    "num_frames": "Frames of the video.",
-    "height": "Pixels.",
-    "width": "Pixels.",
-    "num_inference_steps": "Denoising steps of every chunk.",
-    "guidance_scale": "1 switches guidance off.",
-    "flow_shift": "Of the noise levels, towards noise.",
-    "fps": "Frames per second.",
-    "seed": "Of everything random.",
-    "ar_step": "Steps a chunk lags behind the one before; 0: all together.",
-    "causal_block_size": "Latent frames of a chunk.",
-    "base_num_frames": "Frames of a window.",
-    "overlap_history": "Frames that a window takes over.",
-    "addnoise_condition": "Noise added to what is taken over, in thousandths.",
-    "sigma_table": "Whose noise levels.",
-    "first_sample": "How the second step is corrected: as diffusers' pipeline, or as in UniPC.",
-}
-
-
-def setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add one option per field of `GenerationOptions`."""
-    for entry in reversed(fields(GenerationOptions)):
-        choices = get_args(entry.type)
-        kind = click.Choice(choices) if choices else type(entry.default)
-        flag = f"--{entry.name.replace('_', '-')}"
-        function = click.option(
-            flag, type=kind, default=entry.default, show_default=True, help=_HELP[entry.name]
-        )(function)
-    return function
 
 
 @dataclass
@@ -113,7 +82,7 @@ class _Run:
 @click.option("--replay", type=INPUT, help="A trace whose decisions are forced.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
-@setting_options
+@setting_options()
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -262,7 +231,7 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
     complete = False
     with ExitStack() as stack:
         display = stack.enter_context(Display(quiet))
-        say = (lambda text: None) if quiet else partial(click.echo, err=True)
+        say = make_say(quiet)
         _offer_presets(run, say)
         chunks = run.pipeline.generate(
             **run.texts,

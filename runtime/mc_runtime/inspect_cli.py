@@ -8,11 +8,10 @@ __all__ = ["main"]
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -26,6 +25,7 @@ from mc_engines.command import command
 from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
+from mc_runtime.flags import FILE, INPUT, setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.overlay import write_overlay
@@ -36,10 +36,6 @@ from motioncache import DecisionTrace
 
 _PARITY_FILE = "reports/parity.json"
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
-
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
 _DRAWING = "html", "overlay", "video", "overwrite"
 # The settings of a run that its schedule depends on, and what they are of.
 _SETTINGS = {
@@ -55,23 +51,6 @@ _SETTINGS = {
 }
 
 
-def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add one option per setting, named and preset as in `GenerationOptions`; steps are --steps."""
-    for entry in reversed(fields(GenerationOptions)):
-        if entry.name in _SETTINGS:
-            choices = get_args(entry.type)
-            flag = entry.name.removeprefix("num_inference_").replace("_", "-")
-            function = click.option(
-                f"--{flag}",
-                entry.name,
-                type=click.Choice(choices) if choices else type(entry.default),
-                default=entry.default,
-                show_default=True,
-                help=_SETTINGS[entry.name],
-            )(function)
-    return function
-
-
 @command("mc-inspect")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Compare every file with its hash; list all faults.")
@@ -83,12 +62,12 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
     metavar="FIELD=VALUE",
     help="A setting of the policy; can be repeated.",
 )
-@click.option("--trace", type=_INPUT, help="Show what a run did; BUNDLE may be left out.")
-@click.option("--html", type=_FILE, help="Page to draw the trace on.")
-@click.option("--overlay", type=_FILE, help="mp4 to write: recomputed tokens over the video.")
-@click.option("--video", type=_INPUT, help="Of the traced run, if it is not where it was written.")
+@click.option("--trace", type=INPUT, help="Show what a run did; BUNDLE may be left out.")
+@click.option("--html", type=FILE, help="Page to draw the trace on.")
+@click.option("--overlay", type=FILE, help="mp4 to write: recomputed tokens over the video.")
+@click.option("--video", type=INPUT, help="Of the traced run, if it is not where it was written.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
-@_setting_options
+@setting_options(_SETTINGS, {"num_inference_steps": "--steps"})
 @click.pass_context
 def main(
     ctx: click.Context,

@@ -1,8 +1,15 @@
-"""Prompts in a file: what `--prompts FILE` means for every command."""
+"""The prompts of a command that runs several: read from a file, encoded once.
 
-__all__ = ["read_prompts"]
+Neighbours: `mc-bench` and `mc-calibrate` pass the embeddings to `VideoPipeline.generate`.
+"""
 
+__all__ = ["encode_prompts", "read_prompts"]
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import Embedding, VideoPipeline
 
 
 def read_prompts(path: Path, least: int = 1) -> tuple[str, ...]:
@@ -31,3 +38,32 @@ def read_prompts(path: Path, least: int = 1) -> tuple[str, ...]:
             f"{len(prompts)}. Write more."
         )
     return prompts
+
+
+def encode_prompts(
+    pipeline: VideoPipeline,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    note: Callable[[str], None],
+) -> list[dict[str, Embedding]]:
+    """Encode every prompt, and the empty one for guidance, once for all runs.
+
+    Args:
+        pipeline: Of the bundle.
+        prompts: To encode.
+        options: Of the runs.
+        note: Called with what the user should know, such as that a prompt was cut.
+
+    Returns:
+        For each prompt `prompt_embeds`, and with guidance `negative_prompt_embeds`.
+
+    Raises:
+        BundleError: The bundle has no text encoder.
+    """
+    shared = {}
+    if options.guidance_scale > 1:
+        shared["negative_prompt_embeds"] = pipeline.embed_text("negative_prompt", "", note)
+    return [
+        {"prompt_embeds": pipeline.embed_text(f"prompt {number}", prompt, note), **shared}
+        for number, prompt in enumerate(prompts, 1)
+    ]

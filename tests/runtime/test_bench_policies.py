@@ -12,12 +12,12 @@ from mc_runtime.bench_policies import (
     Turn,
     check_policies,
     choose_policies,
-    encode_prompts,
     judge_frames,
     policy_contender,
     take_turns,
 )
 from mc_runtime.options import GenerationOptions
+from mc_runtime.prompts import encode_prompts
 
 OPTIONS = GenerationOptions(num_frames=37, height=64, width=64, num_inference_steps=6, ar_step=2)
 CACHED = ["flowcache.coefficients=1,0", "flowcache.threshold=1.5", "flowcache.warmup_steps=1"]
@@ -30,7 +30,7 @@ def bench(tiny):
 
 
 def contenders_of(bench):
-    embeddings = encode_prompts(bench, pytest.fail)
+    embeddings = encode_prompts(bench.pipeline, bench.prompts, bench.options, pytest.fail)
     return {
         name: policy_contender(bench, policy, embeddings) for name, policy in bench.policies.items()
     }
@@ -167,7 +167,7 @@ def test_a_warm_up_stops_after_its_rows(bench):
 
 def test_a_long_prompt_is_cut_and_that_is_said(bench):
     notes = []
-    encode_prompts(replace(bench, prompts=["a", "b" * 600]), notes.append)
+    encode_prompts(bench.pipeline, ["a", "b" * 600], bench.options, notes.append)
     (note,) = notes
     assert note.startswith("prompt 2: expected at most 512 tokens, got 6")
 

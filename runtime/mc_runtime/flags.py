@@ -1,0 +1,73 @@
+"""Flags that several commands have, and what `--quiet` does to their notes.
+
+The settings of a generation are the fields of `GenerationOptions`: names, kinds and defaults are
+taken from there, only the help is written here or by the command.
+"""
+
+__all__ = ["FILE", "INPUT", "make_say", "setting_options"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from mc_runtime.options import GenerationOptions
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
+_HELP = {
+    "num_frames": "Frames of the video.",
+    "height": "Pixels.",
+    "width": "Pixels.",
+    "num_inference_steps": "Denoising steps of every chunk.",
+    "guidance_scale": "1 switches guidance off.",
+    "flow_shift": "Of the noise levels, towards noise.",
+    "fps": "Frames per second.",
+    "seed": "Of everything random.",
+    "ar_step": "Steps a chunk lags behind the one before; 0: all together.",
+    "causal_block_size": "Latent frames of a chunk.",
+    "base_num_frames": "Frames of a window.",
+    "overlap_history": "Frames that a window takes over.",
+    "addnoise_condition": "Noise added to what is taken over, in thousandths.",
+    "sigma_table": "Whose noise levels.",
+    "first_sample": "How the second step is corrected: as diffusers' pipeline, or as in UniPC.",
+}
+
+
+def setting_options(
+    texts: Mapping[str, str] = _HELP, flags: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add one option per setting of a generation.
+
+    Args:
+        texts: The help by field of `GenerationOptions`; other fields get no option.
+        flags: Flags that are not the field's name with hyphens, by field.
+
+    Returns:
+        A decorator, to stand below the command's own options.
+    """
+    renamed = flags or {}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for entry in reversed(fields(GenerationOptions)):
+            if entry.name in texts:
+                choices = get_args(entry.type)
+                function = click.option(
+                    renamed.get(entry.name, f"--{entry.name.replace('_', '-')}"),
+                    entry.name,
+                    type=click.Choice(choices) if choices else type(entry.default),
+                    default=entry.default,
+                    show_default=True,
+                    help=texts[entry.name],
+                )(function)
+        return function
+
+    return decorate
+
+
+def make_say(quiet: bool) -> Callable[[str], None]:
+    """Return a function that prints a note to stderr, or nothing with `--quiet`."""
+    return (lambda text: None) if quiet else partial(click.echo, err=True)
