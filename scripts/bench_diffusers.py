@@ -26,7 +26,9 @@ from diffusers import (
 from mc_export.checkpoint import load_checkpoint
 from mc_export.export_bundle import export_bundle
 from mc_export.skyreels import Block
-from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, vanilla_work
+from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import Video, VideoPipeline
 from mc_runtime.transformer import KeyCache
 
 THREADS = 2
@@ -62,38 +64,13 @@ class Times:
         return statistics.median(self.seconds)
 
 
-class TimedSession:
-    """Stands before an ONNX Runtime session and adds up the time spent in it."""
-
-    def __init__(self, session: Any, clock: list[float]) -> None:
-        self._session = session
-        self._clock = clock
-
-    def run(self, names: list[str], feed: dict[str, Any]) -> Any:
-        """Run and time."""
-        start = time.perf_counter()
-        result = self._session.run(names, feed)
-        self._clock[0] += time.perf_counter() - start
-        return result
-
-
-def forward_flops(tokens: int, keys: int, text_keys: int) -> int:
-    """Count one forward of all layers; a multiply-add is two, `text_keys` rows are projected."""
-    linear = tokens * (12 * DIM**2 + 4 * DIM * FFN_DIM) + 4 * text_keys * DIM**2
-    return LAYERS * (linear + 4 * tokens * keys * DIM + 4 * tokens * TEXT_TOKENS * DIM)
-
-
-def count_flops(side: int) -> tuple[int, int]:
-    """Count what diffusers and what this runtime compute in a whole run."""
-    frame = (side // 2) ** 2
-    rows = STEPS + AR_STEP * (CHUNKS - 1)
-    theirs = rows * BRANCHES * forward_flops(FRAMES * frame, FRAMES * frame, TEXT_TOKENS)
-    tokens = CHUNK * frame
-    passes = [STEPS + 1] * (CHUNKS - 1) + [STEPS]  # a clean pass after each chunk but the last
-    ours = sum(
-        count * forward_flops(tokens, (chunk + 1) * tokens, 0) for chunk, count in enumerate(passes)
-    )
-    return theirs, BRANCHES * (ours + LAYERS * 4 * TEXT_TOKENS * DIM**2)
+def count_flops(pipeline: VideoPipeline, options: GenerationOptions) -> tuple[int, int]:
+    """Count what the blocks and text keys of diffusers and of this runtime compute in a run."""
+    flops = ModelFlops.from_manifest(pipeline.bundle.manifest.config["transformer"])
+    job = Job.from_plan(pipeline.plan(options), [TEXT_TOKENS] * BRANCHES)
+    works = vanilla_work(flops, job), chunk_causal_work(flops, job)
+    theirs, ours = (work.blocks + work.text_keys for work in works)
+    return theirs, ours
 
 
 def make_model(folder: Path) -> SkyReelsV2Transformer3DModel:
@@ -134,6 +111,7 @@ def measure(side: int, rounds: int, pipeline: VideoPipeline, model: Any) -> bool
     common = {"num_inference_steps": STEPS, "guidance_scale": 6.0, "ar_step": AR_STEP}
     common |= {"num_frames": 4 * (FRAMES - 1) + 1, "height": 8 * side, "width": 8 * side}
     common |= {"addnoise_condition": 0}
+    options = GenerationOptions(**common, causal_block_size=CHUNK)
 
     def theirs() -> Any:
         with torch.inference_mode():
@@ -146,29 +124,24 @@ def measure(side: int, rounds: int, pipeline: VideoPipeline, model: Any) -> bool
                 **common,
             ).frames
 
-    def ours() -> Any:
+    def ours() -> Video:
         return pipeline.run(
             prompt_embeds=embeds[0],
             negative_prompt_embeds=embeds[1],
             latents=noise,
             decode=False,
-            **common,
-        ).latents
+            options=options,
+        )
 
-    return compare(side, rounds, theirs, ours, time_sessions(pipeline))
-
-
-def time_sessions(pipeline: VideoPipeline) -> list[float]:
-    """Put a clock before every session of the pipeline; it holds the seconds spent in engines."""
-    clock = [0.0]
-    for runner in (*pipeline.transformer.runners.values(), pipeline.transformer.fused_block):
-        session: Any = runner._session
-        runner._session = TimedSession(getattr(session, "_session", session), clock)
-    return clock
+    return compare(side, rounds, theirs, ours, count_flops(pipeline, options))
 
 
 def compare(
-    side: int, rounds: int, theirs: Callable[[], Any], ours: Callable[[], Any], clock: list[float]
+    side: int,
+    rounds: int,
+    theirs: Callable[[], Any],
+    ours: Callable[[], Video],
+    flops: tuple[int, int],
 ) -> bool:
     """Time both in turns and print what came out."""
     diffusers, runtime, reference = Times("diffusers"), Times("motioncache"), Times("reference")
@@ -179,12 +152,10 @@ def compare(
         reference.take(reference_work)
         expected = diffusers.take(theirs)
         reference.take(reference_work)
-        clock[0] = 0.0
         got = runtime.take(ours)
-        host.append(1 - clock[0] / runtime.seconds[-1])
+        host.append(1 - float(got.trace.engine_ms.sum()) / 1e3 / runtime.seconds[-1])
         reference.take(reference_work)
-        error = max(error, float(np.abs(expected[0].numpy() - got).max()))
-    flops = count_flops(side)
+        error = max(error, float(np.abs(expected[0].numpy() - got.latents).max()))
     minima = min(diffusers.seconds) / min(runtime.seconds)
     medians = diffusers.median / runtime.median
     spread = max(reference.seconds) / min(reference.seconds)
