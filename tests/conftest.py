@@ -5,7 +5,7 @@ An export takes most of a minute, so each is made once a session.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,13 @@ from tiny_checkpoint import make_tiny_checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mc_export.checkpoint import load_checkpoint
+from mc_export.diffusers_baseline import SHARED_OPTIONS, WindowNoise
 from mc_export.export_bundle import export_bundle
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule import WAN_GRID
 
 GOLDEN = Path(__file__).parent / "golden"
-SHARED_OPTIONS = (
-    *("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "fps", "ar_step"),
-    *("causal_block_size", "base_num_frames", "overlap_history", "addnoise_condition"),
-)  # that diffusers' pipelines take under the same names
-
 # Two threads wait for each other longer than such small tensors take.
 torch.set_num_threads(1)
 
@@ -173,7 +169,7 @@ class Diffusers:
         )
         pipeline = kind(self.tokenizer, self.text_encoder, self.transformer, self.vae, scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        noise = _WindowNoise(options, latents)
+        noise = WindowNoise(asdict(options), latents, WAN_GRID.temporal_factor)
         with (
             mock.patch.object(module, "randn_tensor", noise.of_window),
             mock.patch.object(torch, "randn_like", noise.of_prefix),
@@ -199,25 +195,6 @@ def _open_diffusers(kind: Any, folder: Path) -> Any:
 
 def _to_torch(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-class _WindowNoise:
-    """Gives diffusers the noise of one window after the other."""
-
-    def __init__(self, options: GenerationOptions, latents: Any) -> None:
-        counts = options.base_num_frames, options.overlap_history
-        base, overlap = map(WAN_GRID.latent_frames, counts)
-        self.stride, self.latents = base - overlap, latents
-        self.seed, self.windows = options.seed, 0
-
-    def of_window(self, shape: tuple[int, ...], **unused: Any) -> Any:
-        first = self.windows * self.stride
-        self.windows += 1
-        return torch.tensor(self.latents[None, :, first : first + shape[2]])
-
-    def of_prefix(self, like: Any) -> Any:
-        draw = np.random.default_rng([self.seed, self.windows])
-        return torch.from_numpy(draw.standard_normal(tuple(like.shape), np.float32))
 
 
 @pytest.fixture(scope="session")

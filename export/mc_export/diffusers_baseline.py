@@ -7,7 +7,7 @@ under diffusers' names, whatever layout they have.
 diffusers and transformers are in no extra: nothing else needs them.
 """
 
-__all__ = ["Baseline", "main", "serve"]
+__all__ = ["SHARED_OPTIONS", "Baseline", "WindowNoise", "main", "serve"]
 
 import argparse
 import importlib
@@ -28,7 +28,7 @@ from mc_engines.errors import McError, MissingExtraError
 from mc_export.checkpoint import Checkpoint, Part, load_checkpoint
 
 _MODULE = "diffusers.pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing"
-_SAME_NAME = (
+SHARED_OPTIONS = (
     *("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "fps", "ar_step"),
     *("causal_block_size", "base_num_frames", "overlap_history", "addnoise_condition"),
 )  # in `GenerationOptions` and in diffusers' pipeline
@@ -85,7 +85,7 @@ class Baseline:
         kind = self._module.SkyReelsV2DiffusionForcingPipeline
         pipeline = kind(None, None, self._transformer, self._vae, scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        noise = _WindowNoise(options, latents, pipeline.vae_scale_factor_temporal)
+        noise = WindowNoise(options, latents, pipeline.vae_scale_factor_temporal)
 
         def stop(_: Any, row: int, *rest: Any) -> dict[str, Any]:
             if row + 1 == rows:
@@ -103,7 +103,7 @@ class Baseline:
                     prompt=None,
                     output_type="latent",
                     callback_on_step_end=stop,
-                    **{name: options[name] for name in _SAME_NAME},
+                    **{name: options[name] for name in SHARED_OPTIONS},
                     **{name: torch.from_numpy(array) for name, array in embeddings.items()},
                 ).frames
         except _Enough:
@@ -127,8 +127,14 @@ class Baseline:
         return frames
 
 
-class _WindowNoise:
-    """Gives diffusers the noise that `VideoPipeline` starts each window from."""
+class WindowNoise:
+    """Gives diffusers the noise that `VideoPipeline` starts each window from, one after the other.
+
+    Args:
+        options: Fields of `GenerationOptions`.
+        latents: Noise of the whole video, shape (16, frames, h, w).
+        factor: Pixel frames of a latent frame.
+    """
 
     def __init__(
         self, options: Mapping[str, Any], latents: NDArray[np.float32], factor: int
@@ -138,6 +144,7 @@ class _WindowNoise:
         self._latents, self._seed, self._windows = latents, options["seed"], 0
 
     def of_window(self, shape: tuple[int, ...], **_: Any) -> torch.Tensor:
+        """Give a window its part; stands in for diffusers' `randn_tensor`."""
         first = self._windows * self._stride
         self._windows += 1
         return torch.tensor(self._latents[None, :, first : first + shape[2]])
