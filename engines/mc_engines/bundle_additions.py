@@ -4,11 +4,11 @@ Neighbours: `BundleWriter` writes the bundle in the first place; `read_manifest`
 manifest and hash that is replaced here.
 """
 
-__all__ = ["add_files"]
+__all__ = ["add_files", "remove_files"]
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +74,34 @@ def add_files(
         lock.release()
 
 
+def remove_files(bundle: str | Path, files: Iterable[str]) -> None:
+    """Take files out of the manifest, then remove them, under the lock of the bundle.
+
+    Meant for what can be made again, such as engines. A reader that opened the bundle before keeps
+    what it has open. A crash may leave files that no manifest names.
+
+    Args:
+        bundle: The folder.
+        files: Paths in the bundle; what the manifest does not have is left alone.
+
+    Raises:
+        BundleError: The bundle is damaged, or is being written by another command.
+        OSError: A file cannot be removed.
+    """
+    folder = Path(bundle)
+    read_manifest(folder)  # before the lock file is made in a folder that is no bundle
+    lock = lock_folder(folder)
+    try:
+        old, old_hash = read_manifest(folder)
+        gone = old.files.keys() & set(files)
+        kept = {path: entry for path, entry in old.files.items() if path not in gone}
+        _replace_manifest(folder, old_hash, replace(old, files=kept))
+        for path in gone:
+            (folder / path).unlink()
+    finally:
+        lock.release()
+
+
 def _add_locked(
     folder: Path, files: Mapping[str, Path | bytes], change: Callable[[Manifest], Manifest]
 ) -> None:
@@ -92,15 +120,20 @@ def _add_locked(
         new = replace(change(old), files={**old.files, **added})
         for fault in find_file_faults(folder, new):
             raise BundleError(fault)
-        data = new.to_bytes()
-        new_hash = hashlib.sha256(data).hexdigest()
-        replace_file(folder / HASH_FILE, hash_lines(old_hash, new_hash))
-        replace_file(folder / MANIFEST_FILE, data)
+        _replace_manifest(folder, old_hash, new)
     except BaseException:
         if hash_file(folder / MANIFEST_FILE) == old_hash:
             for target in written:
                 target.unlink(missing_ok=True)
         raise
+
+
+def _replace_manifest(folder: Path, old_hash: str, new: Manifest) -> None:
+    """Put a manifest in the place of another so that there is a valid one at every instant."""
+    data = new.to_bytes()
+    new_hash = hashlib.sha256(data).hexdigest()
+    replace_file(folder / HASH_FILE, hash_lines(old_hash, new_hash))
+    replace_file(folder / MANIFEST_FILE, data)
     replace_file(folder / HASH_FILE, hash_lines(new_hash))
 
 

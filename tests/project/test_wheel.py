@@ -1,4 +1,4 @@
-"""What is installed: four packages, three commands, and what they need."""
+"""What is installed: four packages, their commands, and what they need."""
 
 import ast
 import re
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name).decode() for name in archive.namelist()}
+        return {name: archive.read(name).decode(errors="replace") for name in archive.namelist()}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def metadata(wheel: dict[str, str]) -> Message:
     return Parser().parsestr(text)
 
 
-def test_it_holds_the_four_packages_with_their_types_and_nothing_else(
+def test_it_holds_the_four_packages_with_their_types_the_small_model_and_nothing_else(
     wheel: dict[str, str],
 ) -> None:
     expected = {f"{package}/py.typed" for package in PACKAGES} | {
@@ -52,6 +52,10 @@ def test_it_holds_the_four_packages_with_their_types_and_nothing_else(
         for package, outer in PACKAGES.items()
         for pattern in ("*.py", "*.schema.json")
         for path in (outer / package).rglob(pattern)
+    }
+    mini = ROOT / "export" / "mc_export" / "skyreels_mini"
+    expected |= {
+        path.relative_to(ROOT / "export").as_posix() for path in mini.rglob("*") if path.is_file()
     }
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
@@ -67,7 +71,7 @@ def test_its_commands(wheel: dict[str, str]) -> None:
     entries.read_string(next(wheel[name] for name in wheel if name.endswith("entry_points.txt")))
     assert entries.sections() == ["console_scripts"]
     assert set(entries["console_scripts"]) == {
-        f"mc-{verb}" for verb in ("bench", "calibrate", "export", "generate", "inspect")
+        f"mc-{verb}" for verb in ("bench", "build", "calibrate", "export", "generate", "inspect")
     }
 
 

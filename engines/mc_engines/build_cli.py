@@ -1,0 +1,236 @@
+"""`mc-build`: from the graphs of a bundle to engines for named generations of GPUs, ahead of time.
+
+Neighbours: `provide_engine` builds one engine or finds it; the sizes come from the bundle's specs
+and the largest video. The library is imported when there is work to do.
+"""
+
+__all__ = ["main"]
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from mc_engines.building.bounds import VideoLimits, bound_symbols, bucket_symbols
+from mc_engines.building.compile import Request
+from mc_engines.building.engines import Job, check_attention, provide_engine
+from mc_engines.building.library import BACKENDS, Backend, Library, open_library
+from mc_engines.building.store import EngineStore, Sidecar
+from mc_engines.bundle import Bundle
+from mc_engines.command import command
+from mc_engines.specs import PRECISIONS, Precision
+
+_HOST = ("timestep",)  # runs once per run, in ONNX Runtime on every target
+_DEFAULT_TARGETS = (80, 86, 89, 120)  # Ampere (A100, RTX 30), Ada (RTX 40), Blackwell (RTX 50)
+_WITHOUT_BF16 = (75,)
+_HEIGHT, _WIDTH = 544, 960  # of a bundle that does not say what it was trained for
+_MEGABYTE = 2**20
+
+
+@command("mc-build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default=BACKENDS[0],
+    show_default=True,
+    help="Library.",
+)
+@click.option(
+    "--sm", metavar="N,N", help="Compute capabilities without the dot; default: 80,86,89,120."
+)
+@click.option("--component", multiple=True, help="What to build; can be repeated. Default: all.")
+@click.option(
+    "--dtype",
+    type=click.Choice(PRECISIONS),
+    default="bf16",
+    show_default=True,
+    help="Of the graphs.",
+)
+@click.option(
+    "--height", type=int, help=f"Pixels of the largest video; default: the model's, else {_HEIGHT}."
+)
+@click.option(
+    "--width", type=int, help=f"Pixels of the largest video; default: the model's, else {_WIDTH}."
+)
+@click.option(
+    "--max-frames", type=int, default=97, show_default=True, help="Frames of the largest window."
+)
+@click.option(
+    "--causal-block-size", type=int, default=5, show_default=True, help="Latent frames of a chunk."
+)
+@click.option(
+    "--buckets",
+    metavar="X,X",
+    help="Shares of a chunk's tokens with a profile each; tensorrt alone.",
+)
+@click.option("--workspace", type=click.IntRange(min=1), help="Megabytes of scratch memory.")
+@click.option(
+    "--engines",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep them here, not in BUNDLE.",
+)
+@click.option("--allow-unfused", is_flag=True, help="Build although attention is not one kernel.")
+@click.option("--clean", is_flag=True, help="Remove engines that these settings would not build.")
+def main(
+    bundle: Path,
+    backend: Backend,
+    sm: str | None,
+    component: tuple[str, ...],
+    dtype: Precision,
+    workspace: int | None,
+    engines: Path | None,
+    allow_unfused: bool,
+    clean: bool,
+    quiet: bool,
+    **sizes: Any,
+) -> None:
+    """Build engines of BUNDLE; those that are there already are kept. Nothing is executed."""
+    opened = Bundle.open(bundle)
+    library = open_library(backend)
+    targets = _choose_targets(library, sm, dtype)
+    profiles = _choose_profiles(opened, library, **sizes)
+    request = Request(targets, profiles, None if workspace is None else workspace * _MEGABYTE)
+    job = Job(opened, library, dtype, request, EngineStore(opened, engines))
+    names = _choose_components(opened, dtype, component)
+    fused = {name: check_attention(job, name, allow_unfused) for name in names}
+    with _show_progress(quiet) as advance:
+        built = [provide_engine(job, name, fused[name], partial(advance, name)) for name in names]
+    if clean:
+        _clean(job, built, quiet)
+    if not quiet:
+        _show(job, built)
+
+
+def _choose_targets(library: Library, sm: str | None, dtype: Precision) -> tuple[int, ...]:
+    if not library.targets:
+        if sm is not None:
+            raise ValueError(
+                f"sm: expected none, for {library.backend} builds for the GPU that is here, got "
+                f"{sm}. Leave it out."
+            )
+        return ()
+    wanted = _DEFAULT_TARGETS if sm is None else _parse_targets(sm)
+    unknown = [target for target in wanted if target not in library.targets]
+    if unknown:
+        raise ValueError(
+            f"sm: expected some of {_join(library.targets)}, got {_join(unknown)}. "
+            f"{library.backend} {library.version} has no such target: use --backend tensorrt "
+            "on that GPU."
+        )
+    narrow = [target for target in wanted if dtype == "bf16" and target in _WITHOUT_BF16]
+    if narrow:
+        raise ValueError(
+            f"dtype: expected one that SM{_join(narrow)} has, got bf16. Pass --dtype fp16 for it."
+        )
+    return wanted
+
+
+def _parse_targets(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise ValueError(
+            f"sm: expected numbers with commas between, got '{text}'. Write it like 86,89."
+        ) from error
+
+
+def _choose_profiles(
+    bundle: Bundle,
+    library: Library,
+    height: int | None,
+    width: int | None,
+    max_frames: int,
+    causal_block_size: int,
+    buckets: str | None,
+) -> list[Any]:
+    """One wide profile; for TensorRT, one per bucket."""
+    config = bundle.manifest.config
+    video = config.get("video", {})
+    limits = VideoLimits(
+        height or video.get("height", _HEIGHT),
+        width or video.get("width", _WIDTH),
+        max_frames,
+        causal_block_size,
+    )
+    symbols = bound_symbols(config, limits)
+    if library.targets:
+        if buckets is not None:
+            raise ValueError(
+                f"buckets: expected none, for {library.backend} specialises one wide profile on "
+                f"the user's GPU, got {buckets}. Leave it out."
+            )
+        return [symbols]
+    shares = config["transformer"]["token_buckets"] if buckets is None else _parse_buckets(buckets)
+    return [bucket_symbols(symbols, share) for share in sorted(shares, reverse=True)]
+
+
+def _parse_buckets(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ValueError(
+            f"buckets: expected shares above 0 up to 1, got '{text}'. Write it like 1,.5,.25."
+        )
+    return shares
+
+
+def _choose_components(bundle: Bundle, dtype: Precision, wanted: Sequence[str]) -> list[str]:
+    components = bundle.manifest.components
+    for name in wanted:
+        if name in _HOST:
+            raise ValueError(
+                f"component: expected one that runs on a GPU, got {name}, which runs once per run "
+                "on the host. Leave it out."
+            )
+        bundle.graph(name, dtype)
+    return list(wanted) or [
+        name for name, spec in components.items() if name not in _HOST and dtype in spec.graphs
+    ]
+
+
+@contextmanager
+def _show_progress(quiet: bool) -> Generator[Callable[[str, str, int, int], None]]:
+    """Show the phases of the builds on a terminal."""
+    console = Console(stderr=True)
+    off = quiet or not console.is_terminal
+    with Progress(console=console, transient=True, disable=off) as bar:
+        task = bar.add_task("")
+
+        def advance(component: str, phase: str, step: int, steps: int) -> None:
+            bar.update(task, description=f"{component}: {phase}", completed=step, total=steps)
+
+        yield advance
+
+
+def _clean(job: Job, built: Sequence[Sidecar], quiet: bool) -> None:
+    """Remove the engines that these settings would not build."""
+    wanted = {sidecar.file for sidecar in built}
+    others = [sidecar for sidecar in job.store.sidecars() if sidecar.file not in wanted]
+    job.store.remove(others)
+    if not quiet:
+        click.echo(f"Removed {len(others)} engines.", err=True)
+
+
+def _show(job: Job, built: Sequence[Sidecar]) -> None:
+    """Print what is there now, and that nothing of it has run."""
+    words = {True: "attention is one kernel", False: "attention is not one kernel", None: ""}
+    for each in built:
+        size, spent = f"{each.size / 1e6:.2f} MB", f"{each.seconds:.2f} s"
+        cells = f"{each.component:<20}{each.form:<6}{size:>10}{spent:>10}"
+        click.echo(f"{cells}  {words[each.fused_attention]}".rstrip())
+    click.echo(
+        f"{len(built)} engines of {job.library.backend} {job.library.version} for {job.targets} in "
+        f"{job.store.root}: compiled, not executed."
+    )
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

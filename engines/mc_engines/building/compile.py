@@ -1,0 +1,190 @@
+"""Build one engine: a graph, the GPUs it is for, the sizes of its tensors.
+
+Neighbours: `parse_graph` comes before, `provide_engine` calls this for a component of a bundle.
+"""
+
+__all__ = ["Attention", "Request", "build_plan", "has_fused_attention"]
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mc_engines.building.bounds import Bounds, bound_tensor
+from mc_engines.building.library import Library
+from mc_engines.building.network import parse_graph
+from mc_engines.errors import EngineError
+from mc_engines.specs import GraphSpec, Precision
+
+Advance = Callable[[str, int, int], None]
+_TOKENS = 1, 64, 512  # of the network that is only attention
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is built for.
+
+    Attributes:
+        targets: Compute capabilities, as 86 for 8.6; empty for the GPU that is there.
+        profiles: Bounds by symbol, one mapping per optimization profile.
+        workspace: Bytes of scratch memory; None for the library's own limit.
+    """
+
+    targets: tuple[int, ...]
+    profiles: Sequence[Mapping[str, Bounds]]
+    workspace: int | None = None
+
+
+def build_plan(
+    library: Library,
+    graph: GraphSpec,
+    path: Path,
+    request: Request,
+    advance: Advance = lambda phase, step, steps: None,
+) -> bytes:
+    """Build the engine of a graph.
+
+    Args:
+        library: To build with.
+        graph: Its specs.
+        path: Its ONNX file.
+        request: Targets, sizes and limits.
+        advance: Called with a phase's name, its steps that are done, and all of them. An exception
+            that it raises cancels the build and is raised again.
+
+    Returns:
+        The serialized engine.
+
+    Raises:
+        EngineError: The graph is refused, or cannot be built; the message says why.
+    """
+    log = make_log(library)
+    parsed = parse_graph(library, log, graph, path)
+    config = parsed.builder.create_builder_config()
+    library.set_targets(config, request.targets)
+    if request.workspace is not None:
+        library.set_workspace(config, request.workspace)
+    for symbols in request.profiles:
+        _add_profile(parsed.builder, config, graph, symbols)
+    monitor = make_monitor(library, advance)
+    config.progress_monitor = monitor
+    plan = parsed.builder.build_serialized_network(parsed.network, config)
+    if monitor.stopped_by is not None:
+        raise monitor.stopped_by
+    if plan is None:
+        targets = ", ".join(f"SM{target}" for target in request.targets) or "the GPU here"
+        raise EngineError(
+            f"{path.name}: expected an engine for {targets}, got: {'; '.join(log.errors)}. "
+            "Leave out the target or the dtype that it names."
+        )
+    return bytes(plan)
+
+
+def _add_profile(
+    builder: Any, config: Any, graph: GraphSpec, symbols: Mapping[str, Bounds]
+) -> None:
+    profile = builder.create_optimization_profile()
+    for spec in (*graph.inputs, *graph.weights):
+        profile.set_shape(spec.name, *bound_tensor(spec, symbols))
+    if config.add_optimization_profile(profile) < 0:  # says nothing else where a bound is wrong
+        raise EngineError(
+            f"{graph.file}: expected bounds from smallest to largest, got {dict(symbols)}. "
+            "Give other sizes."
+        )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What decides whether attention is one kernel.
+
+    Attributes:
+        heads: H; a single head is never one kernel (TensorRT-RTX 1.7.1).
+        head_dim: D.
+        mask: Whether a bias is added to the scores.
+    """
+
+    heads: int
+    head_dim: int
+    mask: bool = False
+
+
+def has_fused_attention(
+    library: Library, attention: Attention, precision: Precision, targets: tuple[int, ...]
+) -> bool:
+    """Say whether attention is one kernel on all targets: a network of nothing else, built or not.
+
+    Args:
+        library: To build with; `library.can_check_attention` must hold.
+        attention: Its heads.
+        precision: Of queries, keys and values.
+        targets: Compute capabilities.
+
+    Returns:
+        Whether the build succeeds where attention may not be taken apart.
+    """
+    module, log = library.module, make_log(library)
+    builder = module.Builder(log)
+    network = library.create_network(builder)
+    dtype = {"fp32": module.float32, "fp16": module.float16, "bf16": module.bfloat16}[precision]
+    shape = (1, attention.heads, -1, attention.head_dim)
+    inputs = {name: network.add_input(name, dtype, shape) for name in "qkv"}
+    layer = network.add_attention(*inputs.values(), module.AttentionNormalizationOp.SOFTMAX, False)
+    layer.decomposable = False
+    if attention.mask:
+        inputs["mask"] = network.add_input("mask", dtype, (1, attention.heads, -1, -1))
+        layer.mask = inputs["mask"]
+    network.mark_output(layer.get_output(0))
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    library.set_targets(config, targets)
+    for name, tensor in inputs.items():
+        profile.set_shape(name, *(_fill(tensor.shape, size) for size in _TOKENS))
+    config.add_optimization_profile(profile)
+    return builder.build_serialized_network(network, config) is not None
+
+
+def _fill(shape: Sequence[int], size: int) -> tuple[int, ...]:
+    """A shape with a size for its open axes."""
+    return tuple(size if axis < 0 else axis for axis in shape)
+
+
+def make_log(library: Library) -> Any:
+    """Make a logger that keeps the errors, in `errors`."""
+    base: Any = library.module.ILogger
+
+    class Log(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= base.Severity.ERROR:
+                self.errors.append(message)
+
+    return Log()
+
+
+def make_monitor(library: Library, advance: Advance) -> Any:
+    """Make a monitor that passes progress on, and cancels with what `advance` raises."""
+    base: Any = library.module.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.stopped_by: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if self.stopped_by is None:
+                try:
+                    advance(phase, step + 1, self._steps.get(phase, 0))
+                except BaseException as error:  # must not cross the library
+                    self.stopped_by = error
+            return self.stopped_by is None
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+    return Monitor()

@@ -1,0 +1,101 @@
+"""TensorRT and TensorRT-RTX behind one face: what differs between them and their versions.
+
+This is the one place that knows it. What a library can do is found by the presence of a name, never
+by a version number. Supported: `tensorrt` 10.13 to 11.4, `tensorrt_rtx` 1.7. Neighbours: `network`
+parses with it, `compile` builds.
+
+Differences, and where they are documented:
+
+    strongly typed     a flag of create_network in 10.x; 11 and RTX are always so, and RTX 1.7 still
+                       has the flag (NVIDIA/TensorRT release notes 11.0)
+    targets            ComputeCapability and set_compute_capability: RTX alone; TensorRT builds for
+                       the GPU that is there (TensorRT-RTX documentation, "Specifying GPU targets")
+    timing cache       does nothing in RTX, whose engines are finished on the user's GPU
+                       (TensorRT-RTX documentation, "Porting from TensorRT")
+    attention          add_attention: TensorRT 10.14 and later, RTX 1.2 and later (release notes)
+"""
+
+__all__ = ["BACKENDS", "Backend", "Library", "open_library"]
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from mc_engines.errors import require
+
+Backend = Literal["tensorrt-rtx", "tensorrt"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_MODULES: dict[Backend, tuple[str, str]] = {
+    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
+    "tensorrt": ("tensorrt", "trt"),
+}
+_NO_TARGETS = ("NONE", "CURRENT")  # members of ComputeCapability that name no generation
+
+
+@dataclass(frozen=True)
+class Library:
+    """An imported library.
+
+    Attributes:
+        backend: Which of both.
+        module: The binding.
+    """
+
+    backend: Backend
+    module: Any
+
+    @property
+    def version(self) -> str:
+        """Of the library; engines run on this one alone."""
+        return str(self.module.__version__)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Compute capabilities to build for, as 86 for 8.6; empty: the GPU that is there."""
+        capability = getattr(self.module, "ComputeCapability", None)
+        names = [] if capability is None else capability.__members__
+        return tuple(int(name.removeprefix("SM")) for name in names if name not in _NO_TARGETS)
+
+    @property
+    def can_check_attention(self) -> bool:
+        """Whether a network can ask for attention by a kernel of its own, or fail."""
+        return hasattr(self.module.INetworkDefinition, "add_attention")
+
+    @property
+    def has_timing_cache(self) -> bool:
+        """Whether a timing cache shortens a later build."""
+        return self.backend == "tensorrt"
+
+    def create_network(self, builder: Any) -> Any:
+        """Create an empty network whose types are those of its graph."""
+        flags = self.module.NetworkDefinitionCreationFlag
+        typed = getattr(flags, "STRONGLY_TYPED", None)
+        return builder.create_network(0 if typed is None else 1 << int(typed))
+
+    def set_targets(self, config: Any, targets: tuple[int, ...]) -> None:
+        """Let a builder's configuration build for some of `targets`."""
+        if not targets:
+            return
+        config.num_compute_capabilities = len(targets)
+        for place, target in enumerate(targets):
+            config.set_compute_capability(
+                getattr(self.module.ComputeCapability, f"SM{target}"), place
+            )
+
+    def set_workspace(self, config: Any, size: int) -> None:
+        """Limit the scratch memory of a build and of its engine, in bytes."""
+        config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, size)
+
+
+def open_library(backend: Backend) -> Library:
+    """Import a library.
+
+    Args:
+        backend: `tensorrt-rtx` or `tensorrt`.
+
+    Returns:
+        The library.
+
+    Raises:
+        MissingExtraError: It is not installed; the message names the pip command.
+    """
+    return Library(backend, require(*_MODULES[backend]))

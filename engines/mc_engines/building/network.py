@@ -1,0 +1,146 @@
+"""Parse an ONNX graph, and refuse what would not be computed as it stands there.
+
+Neighbours: `library` has the parser, `compile` builds what comes out.
+"""
+
+__all__ = ["Parsed", "find_silent_drops", "parse_graph"]
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mc_engines.building.library import Library
+from mc_engines.errors import EngineError, require
+from mc_engines.specs import GraphSpec, TensorSpec
+
+# Operators whose inputs or attributes the parser takes and forgets, without an error: found by
+# building them with TensorRT-RTX 1.7.1 and looking for a layer that has them. By operator: places
+# of inputs, and names of attributes, that must not be there.
+_DROPPED: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "Attention": ((6,), ("qk_matmul_output_mode",))
+}
+# Operators that need a plugin which the packages do not carry, although the parser knows them.
+_NEED_A_PLUGIN = ("NonZero", "Compress", "Unique", "GroupQueryAttention")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A network, with what has to live as long as it does.
+
+    Attributes:
+        network: Of the library.
+        builder: That made it.
+        parser: That filled it; it holds weights the network refers to.
+        log: Gets what the library says.
+    """
+
+    network: Any
+    builder: Any
+    parser: Any
+    log: Any
+
+
+def parse_graph(library: Library, log: Any, graph: GraphSpec, path: Path) -> Parsed:
+    """Parse a graph and hold its tensors against the specs.
+
+    Args:
+        library: To parse with.
+        log: An ILogger of the library; must outlive the result.
+        graph: What the file is to take and give.
+        path: The ONNX file, its data file beside it.
+
+    Returns:
+        The network.
+
+    Raises:
+        EngineError: The graph has something that would be dropped or cannot be built, or is not
+            the one of the specs.
+    """
+    drops = find_silent_drops(path)
+    if drops:
+        raise EngineError(
+            f"{path.name}: expected operators that {library.backend} computes as they stand, got "
+            f"{'; '.join(drops)}. Export the bundle again with this version."
+        )
+    builder = library.module.Builder(log)
+    network = library.create_network(builder)
+    parser = library.module.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(number) for number in range(parser.num_errors)]
+        reasons = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors)
+        raise EngineError(
+            f"{path.name}: expected a graph that {library.backend} {library.version} can parse, "
+            f"got: {reasons}. Use another version, or run it with ONNX Runtime."
+        )
+    _check_tensors(library, path, network, graph)
+    return Parsed(network, builder, parser, log)
+
+
+def find_silent_drops(path: Path) -> list[str]:
+    """Name the operators of an ONNX file that would be dropped in part, or cannot be built.
+
+    Args:
+        path: The file; its weights are not read.
+
+    Returns:
+        A few words for each; none is the good answer.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+    """
+    onnx = require("onnx", "rtx")
+    faults = []
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        inputs, attributes = _DROPPED.get(node.op_type, ((), ()))
+        given = [node.input[place] for place in inputs if len(node.input) > place]
+        named = [each.name for each in node.attribute if each.name in attributes]
+        faults += [
+            f"{node.op_type} with {name}, which is dropped" for name in [*given, *named] if name
+        ]
+        if node.op_type in _NEED_A_PLUGIN:
+            faults.append(f"{node.op_type}, which needs a plugin")
+    return faults
+
+
+def _check_tensors(library: Library, path: Path, network: Any, graph: GraphSpec) -> None:
+    """Hold names, types and sizes of the network against the specs: what is asked for is built.
+
+    The symbols of inputs are compared as well; a parser gives outputs none.
+
+    Raises:
+        EngineError: They differ.
+    """
+    outputs = [_without_symbols(spec) for spec in graph.outputs]
+    sides = (
+        ("inputs", network.num_inputs, network.get_input, (*graph.inputs, *graph.weights)),
+        ("outputs", network.num_outputs, network.get_output, outputs),
+    )
+    for side, count, get, specs in sides:
+        got = _list(_describe(library, get(number)) for number in range(count))
+        expected = _list(specs)
+        if got != expected:
+            raise EngineError(
+                f"{path.name}: expected the {side} {expected}, got {got}. Export the bundle again."
+            )
+
+
+def _describe(library: Library, tensor: Any) -> TensorSpec:
+    """The spec of a network's tensor."""
+    kinds = library.module.DataType
+    names = {kinds.FLOAT: "float32", kinds.HALF: "float16", kinds.BF16: "bfloat16"}
+    sizes = (
+        size if size >= 0 else tensor.get_dimension_name(axis) or "?"
+        for axis, size in enumerate(tensor.shape)
+    )
+    return TensorSpec(tensor.name, names.get(tensor.dtype, tensor.dtype.name.lower()), tuple(sizes))
+
+
+def _without_symbols(spec: TensorSpec) -> TensorSpec:
+    sizes = (size if isinstance(size, int) else "?" for size in spec.shape)
+    return replace(spec, shape=tuple(sizes))
+
+
+def _list(specs: Iterable[TensorSpec]) -> str:
+    ordered = sorted(specs, key=lambda spec: spec.name)
+    return ", ".join(f"'{spec.name}' {spec.describe()}" for spec in ordered)

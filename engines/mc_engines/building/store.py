@@ -1,0 +1,194 @@
+"""Where engines are kept, and when one that is there will do.
+
+An engine is found by what it was made from: graph, library, targets, sizes, limits. Two builds of
+the same inputs give different bytes, so the bytes say nothing. Beside each engine lies a sidecar, a
+JSON that says what it is. Neighbours: `provide_engine` fills the store; `add_files` keeps it where
+no other folder is named.
+"""
+
+__all__ = ["EngineStore", "Sidecar", "hash_inputs"]
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mc_engines.building.compile import Request
+from mc_engines.building.library import Library
+from mc_engines.bundle import Bundle
+from mc_engines.bundle_additions import add_files, remove_files
+from mc_engines.bundle_files import replace_file
+from mc_engines.errors import EngineError
+from mc_engines.manifest import read_manifest
+
+SCHEMA = "motioncache.engine/v1"
+_FOLDER = "engines"
+_KEY_DIGITS = 16
+_SIDECAR = ".engine.json"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What an engine is.
+
+    Attributes:
+        component: Such as `block`.
+        form: Precision of its graph.
+        backend: That runs it.
+        version: Of the library, which has to be this one.
+        targets: Compute capabilities, as 86 for 8.6.
+        profiles: By input, the smallest, usual and largest shape; one mapping per profile.
+        inputs: Hash of everything it was made from.
+        fused_attention: Whether its attention is one kernel on all targets; None where it has
+            none, or where that cannot be told.
+        size: Bytes.
+        sha256: Of the engine.
+        seconds: That the build took.
+    """
+
+    component: str
+    form: str
+    backend: str
+    version: str
+    targets: tuple[int, ...]
+    profiles: tuple[dict[str, Any], ...]
+    inputs: str
+    fused_attention: bool | None
+    size: int
+    sha256: str
+    seconds: float
+
+    @property
+    def file(self) -> str:
+        """Path of the engine in a bundle or a folder of engines."""
+        name = f"{self.component}.{self.form}.{self.inputs[:_KEY_DIGITS]}.engine"
+        return f"{_FOLDER}/{self.backend}-{self.version}/{name}"
+
+    def to_bytes(self) -> bytes:
+        """The sidecar as it stands in its file."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, path: str, data: bytes) -> "Sidecar":
+        """Read a sidecar.
+
+        Args:
+            path: For messages.
+            data: Content of the file.
+
+        Returns:
+            The sidecar.
+
+        Raises:
+            EngineError: It is none, or of another version.
+        """
+        try:
+            value = json.loads(data)
+            known = {SCHEMA: value}[value["schema"]]
+            lists = {name: tuple(known[name]) for name in ("targets", "profiles")}
+            return cls(**{entry.name: known[entry.name] for entry in fields(cls)} | lists)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"{path}: expected the sidecar of an engine, got {error}. Run mc-build --clean."
+            ) from error
+
+
+def hash_inputs(
+    bundle: Bundle, component: str, form: str, library: Library, request: Request
+) -> str:
+    """Hash everything that an engine is made from.
+
+    Args:
+        bundle: Of the graph.
+        component: Such as `block`.
+        form: Precision of its graph.
+        library: That builds.
+        request: Targets, sizes and limits.
+
+    Returns:
+        sha256, hexadecimal.
+    """
+    graph = bundle.graph(component, form)
+    data = bundle.manifest.files.get(f"onnx/{component}.onnx.data")
+    parts = {
+        "onnx": bundle.manifest.files[graph.file].sha256,
+        "weights": None if data is None else data.sha256,
+        "library": [library.backend, library.version],
+        "targets": request.targets,
+        "profiles": [
+            {symbol: asdict(bounds) for symbol, bounds in profile.items()}
+            for profile in request.profiles
+        ],
+        "workspace": request.workspace,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EngineStore:
+    """Engines in the bundle, or in a folder of their own.
+
+    Attributes:
+        bundle: Whose engines they are.
+        folder: Another place, for a bundle that is read-only; None: the bundle.
+    """
+
+    bundle: Bundle
+    folder: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder that the paths of engines are relative to."""
+        return self.folder or self.bundle.path
+
+    def sidecars(self) -> list[Sidecar]:
+        """Read the sidecars of all engines; raises EngineError for one that is damaged."""
+        if self.folder is None:
+            names = [f for f in read_manifest(self.root)[0].files if f.startswith(f"{_FOLDER}/")]
+            paths = [self.root / name for name in names if name.endswith(_SIDECAR)]
+        else:
+            paths = list((self.root / _FOLDER).glob(f"*/*{_SIDECAR}"))
+        return [Sidecar.from_bytes(str(path), path.read_bytes()) for path in sorted(paths)]
+
+    def find(self, component: str, form: str, inputs: str) -> Sidecar | None:
+        """Return the engine that was made from these inputs and is whole, if there is one."""
+        for sidecar in self.sidecars():
+            same = (sidecar.component, sidecar.form, sidecar.inputs) == (component, form, inputs)
+            path = self.path(sidecar)
+            if same and path.is_file() and path.stat().st_size == sidecar.size:
+                return sidecar
+        return None
+
+    def path(self, sidecar: Sidecar) -> Path:
+        """Return where an engine lies."""
+        return self.root / sidecar.file
+
+    def add(self, sidecar: Sidecar, plan: bytes) -> None:
+        """Keep an engine; a crash leaves it out, or in, with its sidecar.
+
+        Raises:
+            BundleError: The bundle cannot be added to.
+            OSError: The folder cannot be written.
+        """
+        sidecar_file = f"{sidecar.file}.json"
+        if self.folder is None:
+            add_files(self.root, {sidecar.file: plan, sidecar_file: sidecar.to_bytes()})
+            return
+        self.path(sidecar).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path(sidecar), plan)
+        replace_file(self.root / sidecar_file, sidecar.to_bytes())
+
+    def remove(self, sidecars: list[Sidecar]) -> None:
+        """Remove engines and their sidecars.
+
+        Raises:
+            BundleError: The bundle is damaged or being written by another command.
+            OSError: A file cannot be removed.
+        """
+        files = [name for each in sidecars for name in (f"{each.file}.json", each.file)]
+        if self.folder is None:
+            remove_files(self.root, files)
+            return
+        for file in files:
+            (self.root / file).unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""`mc-build`: engines in the bundle or beside it, none built twice, nothing broken by a crash."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper as make
+import pytest
+from click.testing import CliRunner
+
+from mc_engines.build_cli import main
+from mc_engines.building import engines
+from mc_engines.building.bounds import VideoLimits, bound_symbols
+from mc_engines.building.compile import (
+    Attention,
+    Request,
+    build_plan,
+    has_fused_attention,
+    make_log,
+)
+from mc_engines.building.library import open_library
+from mc_engines.building.network import find_silent_drops, parse_graph
+from mc_engines.building.store import EngineStore, Sidecar
+from mc_engines.bundle import Bundle
+from mc_engines.errors import EngineError
+from mc_engines.specs import GraphSpec, TensorSpec
+from mc_engines.verify import find_faults
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra rtx)")
+
+SMALL = "--component", "combine", "--component", "embed"  # build in a tenth of a second
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "tiny.bundle"))
+
+
+@pytest.fixture(scope="module")
+def library():
+    return open_library("tensorrt-rtx")
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def read_files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def test_engines_go_into_the_bundle_which_stays_valid_and_the_same_model(bundle: Path) -> None:
+    before = Bundle.open(bundle)
+    result = run(bundle, *SMALL)
+    assert result.stdout.endswith(f"in {bundle}: compiled, not executed.\n")
+    assert find_faults(bundle) == []
+    after = Bundle.open(bundle)
+    assert after.model_hash == before.model_hash and after.hash != before.hash
+    added = set(after.manifest.files) - set(before.manifest.files)
+    assert len(added) == 4 and all(name.startswith("engines/tensorrt-rtx-1.") for name in added)
+
+
+def test_a_sidecar_says_what_its_engine_is(bundle: Path) -> None:
+    run(bundle, "--component", "embed", "--sm", "86,80", "--dtype", "fp16")
+    (sidecar,) = EngineStore(Bundle.open(bundle)).sidecars()
+    plan = (bundle / sidecar.file).read_bytes()
+    assert (sidecar.component, sidecar.form, sidecar.targets) == ("embed", "fp16", (80, 86))
+    assert sidecar.size == len(plan) and sidecar.fused_attention is None
+    assert sidecar.profiles == ({"patches": [[1, 1, 64], [1, 10200, 64], [1, 10200, 64]]},)
+
+
+def test_what_is_there_is_not_built_again(bundle: Path) -> None:
+    run(bundle, *SMALL)
+    files = read_files(bundle)
+    run(bundle, *SMALL)
+    assert read_files(bundle) == files
+    run(bundle, *SMALL, "--height", 256)
+    assert len(EngineStore(Bundle.open(bundle)).sidecars()) == 4
+
+
+def test_an_engine_that_lost_its_end_is_built_again_in_a_folder(
+    bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engines"
+    run(bundle, "--component", "embed", "--engines", folder)
+    (sidecar,) = EngineStore(Bundle.open(bundle), folder).sidecars()
+    path = folder / sidecar.file
+    path.write_bytes(path.read_bytes()[:-1])
+    run(bundle, "--component", "embed", "--engines", folder)
+    assert path.stat().st_size >= sidecar.size
+
+
+def test_a_read_only_bundle_has_its_engines_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    files = read_files(bundle)
+    run(bundle, *SMALL, "--engines", tmp_path / "engines")
+    assert read_files(bundle) == files
+    assert len(list((tmp_path / "engines").rglob("*.engine"))) == 2
+
+
+def test_clean_keeps_what_was_asked_for(bundle: Path) -> None:
+    run(bundle, *SMALL)
+    run(bundle, "--component", "embed", "--clean")
+    assert [each.component for each in EngineStore(Bundle.open(bundle)).sidecars()] == ["embed"]
+    assert find_faults(bundle) == []
+
+
+def test_an_interrupt_leaves_whole_engines_and_a_valid_bundle(bundle: Path, monkeypatch) -> None:
+    def interrupt(library, graph, path, request, advance):
+        if "embed" in path.name:
+            raise KeyboardInterrupt
+        return build_plan(library, graph, path, request, advance)
+
+    monkeypatch.setattr(engines, "build_plan", interrupt)
+    run(bundle, *SMALL, code=130)
+    assert find_faults(bundle) == []
+    assert [each.component for each in EngineStore(Bundle.open(bundle)).sidecars()] == ["combine"]
+
+
+def test_progress_can_cancel_a_build(library, tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    symbols = bound_symbols(bundle.manifest.config, VideoLimits(64, 64, 97, 5))
+    phases = []
+
+    def advance(phase: str, step: int, steps: int) -> None:
+        phases.append((phase, step, steps))
+        if len(phases) == 2:
+            raise RuntimeError("enough")
+
+    graph, path = bundle.graph("block", "bf16"), bundle.graph_path("block", "bf16")
+    with pytest.raises(RuntimeError, match="enough"):
+        build_plan(library, graph, path, Request((86,), [symbols]), advance)
+    assert all(0 < step <= steps for _, step, steps in phases)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sm", "75"), "dtype: expected one that SM75 has, got bf16. Pass --dtype fp16 for it."),
+        (
+            ("--sm", "86,90"),
+            "sm: expected some of 75, 80, 86, 89, 120, 121, got 90. tensorrt-rtx 1.7.1.116 has no "
+            "such target: use --backend tensorrt on that GPU.",
+        ),
+        (("--sm", "x"), "sm: expected numbers with commas between, got 'x'. Write it like 86,89."),
+        (
+            ("--buckets", "1,.5"),
+            "buckets: expected none, for tensorrt-rtx specialises one wide profile on the user's "
+            "GPU, got 1,.5. Leave it out.",
+        ),
+        (
+            ("--component", "timestep"),
+            "component: expected one that runs on a GPU, got timestep, which runs once per run on "
+            "the host. Leave it out.",
+        ),
+    ],
+)
+def test_wrong_usage_says_what_to_do(bundle: Path, arguments, message) -> None:
+    assert run(bundle, *arguments, code=2).stderr == f"{message}\n"
+    assert "engines" not in {path.name for path in bundle.iterdir()}
+
+
+def test_attention_that_is_not_one_kernel_is_refused_or_asked_for(bundle: Path, tmp_path) -> None:
+    arguments = bundle, "--component", "block", "--dtype", "fp32", "--sm", "86"
+    assert run(*arguments, code=1).stderr == (
+        "block: expected attention of 2 heads of 32 to be one kernel in fp32 on SM86, got none. "
+        "Use --dtype bf16 or fp16, or build it nevertheless with --allow-unfused.\n"
+    )
+    result = run(*arguments, "--allow-unfused", "--engines", tmp_path / "engines")
+    assert "attention is not one kernel" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "fused"),
+    [
+        (Attention(12, 128), "bf16", True),
+        (Attention(3, 64), "fp16", True),
+        (Attention(64, 64, mask=True), "bf16", True),
+        (Attention(12, 128), "fp32", False),
+        (Attention(1, 384), "bf16", False),
+    ],
+)
+def test_fused_attention_is_known_by_building_it(library, attention, precision, fused) -> None:
+    assert has_fused_attention(library, attention, precision, (80, 86, 89, 120)) is fused
+
+
+def test_a_graph_of_other_types_is_refused(library, tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    path = bundle.graph_path("embed", "fp16")
+    with pytest.raises(EngineError) as error:
+        parse_graph(library, make_log(library), bundle.graph("embed", "bf16"), path)
+    assert str(error.value) == (
+        "embed.fp16.onnx: expected the inputs 'patches' bfloat16 (1, L, 64), got 'patches' float16 "
+        "(1, L, 64). Export the bundle again."
+    )
+
+
+def save_graph(path: Path, nodes, inputs, outputs) -> Path:
+    graph = make.make_graph(nodes, "g", inputs, outputs)
+    opsets = [make.make_opsetid("", 24)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def value(name: str, dtype: int, *shape: int | str):
+    return make.make_tensor_value_info(name, dtype, shape)
+
+
+def test_what_the_parser_would_drop_is_refused(library, tmp_path: Path) -> None:
+    half = onnx.TensorProto.FLOAT16
+    tensors = [value(name, half, 1, 2, 8, 16) for name in "qkv"]
+    lengths = value("lengths", onnx.TensorProto.INT64, 1)
+    node = make.make_node("Attention", ["q", "k", "v", "", "", "", "lengths"], ["y"])
+    path = save_graph(
+        tmp_path / "a.onnx", [node], [*tensors, lengths], [value("y", half, 1, 2, 8, 16)]
+    )
+    assert find_silent_drops(path) == ["Attention with lengths, which is dropped"]
+    spec = GraphSpec("a.onnx", (), ())
+    with pytest.raises(EngineError) as error:
+        parse_graph(library, make_log(library), spec, path)
+    assert str(error.value) == (
+        "a.onnx: expected operators that tensorrt-rtx computes as they stand, got Attention with "
+        "lengths, which is dropped. Export the bundle again with this version."
+    )
+
+
+def test_an_operator_that_needs_a_plugin_is_named(tmp_path: Path) -> None:
+    node = make.make_node("NonZero", ["x"], ["y"])
+    x, y = value("x", onnx.TensorProto.FLOAT, 4), value("y", onnx.TensorProto.INT64, 1, "n")
+    path = save_graph(tmp_path / "n.onnx", [node], [x], [y])
+    assert find_silent_drops(path) == ["NonZero, which needs a plugin"]
+
+
+def test_a_graph_that_cannot_be_parsed_names_the_operator(library, tmp_path: Path) -> None:
+    node = make.make_node("NoSuchThing", ["x"], ["y"], domain="nowhere")
+    x, y = (value(name, onnx.TensorProto.FLOAT, 4) for name in "xy")
+    graph = make.make_graph([node], "g", [x], [y])
+    opsets = [make.make_opsetid("", 20), make.make_opsetid("nowhere", 1)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "x.onnx")
+    tensors = (TensorSpec("x", "float32", (4,)),), (TensorSpec("y", "float32", (4,)),)
+    with pytest.raises(
+        EngineError, match=r"^x\.onnx: expected a graph that tensorrt-rtx .*NoSuchTh"
+    ):
+        parse_graph(library, make_log(library), GraphSpec("x.onnx", *tensors), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"schema": "motioncache.engine/v0"}'])
+def test_a_damaged_sidecar_is_named(data: bytes) -> None:
+    with pytest.raises(EngineError) as error:
+        Sidecar.from_bytes("x.engine.json", data)
+    assert str(error.value).startswith("x.engine.json: expected the sidecar of an engine, got ")
+    assert str(error.value).endswith(". Run mc-build --clean.")
+
+
+def test_a_sidecar_survives_its_file() -> None:
+    profiles = ({"x": ((1,), (2,), (3,))},)
+    sidecar = Sidecar("x", "bf16", "b", "1", (86,), profiles, "0" * 64, True, 5, "f" * 64, 1.5)
+    read = Sidecar.from_bytes("x", sidecar.to_bytes())
+    assert read.file == "engines/b-1/x.bf16.0000000000000000.engine"
+    assert json.loads(read.to_bytes()) == json.loads(sidecar.to_bytes())
+    assert np.array_equal(read.profiles[0]["x"], [[1], [2], [3]])
