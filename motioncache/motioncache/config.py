@@ -38,16 +38,19 @@ class Switches:
         force_last_step: A chunk's last step is computed in full. As published it may be reused.
         clean_pass: A finished chunk is evaluated once more at timestep 0, and later chunks see
             these keys. As published they see those of its last computed step.
+        latent_motion: Motion is that of the clean latents that a step predicts. As published it
+            is that of the block output, in which noise drowns it.
     """
 
     reset_history: bool
     clamp_distance: bool
     force_last_step: bool
     clean_pass: bool
+    latent_motion: bool
 
 
-FIXED = Switches(True, True, True, True)
-REFERENCE = Switches(False, False, False, False)
+FIXED = Switches(True, True, True, True, True)
+REFERENCE = Switches(False, False, False, False, False)
 _BY_NAME = {"fixed": FIXED, "reference": REFERENCE}
 
 

@@ -18,10 +18,15 @@ and each step after the warm-up follows one rule:
               is kept
     A <- 0 where updated
 
-The weights come from the motion of the block output h, measured between latent frames:
+The weights come from motion between latent frames, of the clean latents m = x - sigma*v that a step
+predicts for sample x with the guided velocity v, c running over the latents of a token:
+
+    motion[f, p]  = mean_c |m[f] - m[f-1]|
+    w[f, p]       = floor + (1 - floor) * (motion[f, p] - min_p) / (max_p - min_p + 1e-8)
+
+or, as published, of the block output h of each branch, which carries the noise of every frame:
 
     motion[f, p]  = mean_c |h[f] - h[f-1]| / max(mean_c |h[f-1]|, 1e-8)
-    w[f, p]       = floor + (1 - floor) * (motion[f, p] - min_p) / (max_p - min_p + 1e-8)
 
 min and max over the positions of a frame. A chunk's first frame is compared with the last frame of
 the chunk before (which is `ar_step` steps ahead, so less noisy); without one it takes the motion
@@ -31,7 +36,7 @@ chunk before it ones, unless it is the window's first.)
 Where paper and published code differ, the rule is the code's: A >= threshold (paper: >), the vote
 and the hold (paper: not mentioned), motion of the block output (paper: of the latents), the
 residual of the block stack (paper: of the latent). In the code K counts steps with an update, not
-steps. `compat="fixed"` sets the four switches of `config.Switches`.
+steps. `compat="fixed"` sets the five switches of `config.Switches`.
 
 Source: MotionCache (ywlq/MotionCache a8d2a47, MotionCache4SkyReels-V2, modules/
 transformer_motion.py); equations 9 to 13 of the paper.
@@ -186,12 +191,12 @@ def vote(recompute: NDArray[np.bool_], frames: int, threshold: float) -> NDArray
 def observe(
     config: MotionCacheConfig, state: MotionCacheState, motion: NDArray[np.float32]
 ) -> MotionCacheState:
-    """Take new weights from the motion of a step's output.
+    """Take new weights from the motion that a step shows.
 
     Args:
         config: Settings.
         state: After `plan_step`.
-        motion: Relative change from frame to frame, shape (F, P).
+        motion: Change from frame to frame, shape (F, P).
 
     Returns:
         The state with the weights of the coming step.
@@ -237,5 +242,6 @@ def build(config: MotionCacheConfig) -> Policy:
         check=config.check,
         clean_pass=chosen.clean_pass,
         reset_history=chosen.reset_history,
+        motion="latents" if chosen.latent_motion else "output",
         config=config,
     )

@@ -77,7 +77,7 @@ class Plan:
         distance: Rescaled distance of the step, NaN where none was used.
         accumulated: What was compared with the threshold; shape (L,), or () where it is the same
             for all tokens. NaN where none was.
-        wants_motion: Whether `observe` is to be told the motion of this step's output.
+        wants_motion: Whether `observe` is to be told the motion that this step shows.
     """
 
     recompute: NDArray[np.bool_]
@@ -112,7 +112,7 @@ class Policy:
         init_state: From the shape of a run and a scope to the state before its first step.
         plan_step: From a state and the distance of the coming step (relative change of the
             modulation, before any rescaling) to the plan and the state after it.
-        observe: From a state and the motion of the step's output, shape (F, P), to the state with
+        observe: From a state and the motion that the step shows, shape (F, P), to the state with
             new weights. Called only where the plan wants it.
         weights: The motion weights in a state, shape (L,); None where it has none.
         check: Refuses a run that the policy does not fit, with ValueError.
@@ -120,6 +120,9 @@ class Policy:
         clean_pass: Whether a finished chunk is evaluated once more at timestep 0, so that later
             chunks see its clean keys.
         reset_history: Whether a new window forgets the last frames that motion is measured from.
+        motion: What `observe` is told the motion of: the block output of the branch, relative to
+            its size, or the clean latents that the step predicts with guidance, in absolute terms
+            and the same for all branches.
         config: What was bound; None for `none`.
         preset: Name of the preset the configuration came from.
         made_for_steps: Steps of a chunk that the preset was made for, where that is known.
@@ -134,6 +137,7 @@ class Policy:
     scope: Literal["chunk", "window"] = "chunk"
     clean_pass: bool = True
     reset_history: bool = True
+    motion: Literal["output", "latents"] = "output"
     config: Any = None
     preset: str | None = None
     made_for_steps: int | None = None

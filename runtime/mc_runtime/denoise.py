@@ -23,12 +23,13 @@ from mc_engines.errors import EngineError
 from mc_engines.runner import Arrays
 from mc_engines.timed_runner import Clock
 from mc_runtime.decisions import Decisions
+from mc_runtime.latent_motion import measure_latent_motion
 from mc_runtime.patches import patchify, unpatchify
 from mc_runtime.rope import rope_tables
 from mc_runtime.sampler import SamplerState, SamplerTable, init_sampler, sampler_step
 from mc_runtime.schedule import StepMatrix
 from mc_runtime.transformer import Conditions, KeyCache, Transformer
-from motioncache import DecisionTrace, DistanceTable, Mode, Policy, RunShape
+from motioncache import DecisionTrace, DistanceTable, Mode, Plan, Policy, RunShape
 
 Latents = NDArray[np.float32]
 
@@ -98,7 +99,8 @@ class _Branch:
         context: Keys and values of the prompt by layer.
         cache: Keys and values of the window.
         decisions: What the policy makes of it.
-        last_frames: By chunk, block output (1, P, C) of its last frame: motion starts from it.
+        last_frames: By chunk, what its last frame was when motion was measured: block output
+            (1, P, C), or clean latents (P, c). The motion of the next chunk starts from it.
         residuals: By chunk, block output minus input of every token, each as last computed.
     """
 
@@ -246,15 +248,18 @@ def _take_step(window: Window, chunk: int, active: Mapping[int, int]) -> None:
     frames = window.frames_of(chunk)
     with _timed(window, 0, chunk):
         x = _embed(window, window.latents[:, frames])
-    velocities = []
+    velocities, plans = [], []
     for branch in window.branches:
         with _timed(window, branch.number, chunk):
-            velocities.append(_velocity(window, branch, chunk, x, active))
+            plans.append(branch.decisions.plan(window.row, chunk, active))
+            velocities.append(_velocity(window, branch, chunk, x, plans[-1], active[chunk]))
     with _timed(window, 0, chunk):
         velocity = velocities[0]
         if len(velocities) == 2:
             cond, uncond = velocities
             velocity = uncond + np.float32(window.request.guidance_scale) * (cond - uncond)
+        if window.request.policy.motion == "latents":
+            _observe_latents(window, chunk, velocity, plans, active[chunk])
         window.latents[:, frames], window.samplers[chunk] = sampler_step(
             window.request.table, window.samplers[chunk], velocity, window.latents[:, frames]
         )
@@ -269,14 +274,14 @@ def _velocity(
     branch: _Branch,
     chunk: int,
     x: NDArray[np.float32],
-    active: Mapping[int, int],
+    plan: Plan,
+    step: int,
 ) -> Latents:
     """The model's velocity for a chunk: reused tokens keep their residual, others are computed."""
-    request, step, config = window.request, active[chunk], window.transformer.config
-    plan = branch.decisions.plan(window.row, chunk, active)
+    request, config = window.request, window.transformer.config
     out = _block_output(window, branch, chunk, x, np.flatnonzero(plan.recompute), step)
-    if plan.wants_motion:
-        _observe(window, branch, chunk, out)
+    if plan.wants_motion and request.policy.motion == "output":
+        _observe_output(window, branch, chunk, out)
     patches = window.transformer.head(out, request.conditions.head_modulation[step : step + 1])
     if not np.isfinite(patches).all():
         values = {"embed": x, "block": out, "head": patches}
@@ -285,8 +290,25 @@ def _velocity(
     return unpatchify(patches, config.patch_size, shape)
 
 
-def _observe(window: Window, branch: _Branch, chunk: int, out: NDArray[np.float32]) -> None:
-    """Show the policy how the output moves from frame to frame."""
+def _observe_latents(
+    window: Window, chunk: int, velocity: Latents, plans: Sequence[Plan], step: int
+) -> None:
+    """Show the policy in every branch how the clean latents move that this step predicts."""
+    if not any(plan.wants_motion for plan in plans):
+        return
+    request, latents = window.request, window.latents[:, window.frames_of(chunk)]
+    clean = latents - request.table.sigmas[step] * velocity
+    rows = patchify(clean, window.transformer.config.patch_size)
+    frames = rows.reshape(request.chunk_frames, -1, rows.shape[2])
+    for branch, plan in zip(window.branches, plans, strict=True):
+        motion = measure_latent_motion(frames, branch.last_frames.get(chunk - 1))
+        branch.last_frames[chunk] = frames[-1]
+        if plan.wants_motion:
+            branch.decisions.observe(window.row, chunk, motion)
+
+
+def _observe_output(window: Window, branch: _Branch, chunk: int, out: NDArray[np.float32]) -> None:
+    """Show the policy how the block output of a branch moves from frame to frame."""
     before = branch.last_frames.get(chunk - 1)
     motion = window.transformer.motion(out, window.request.chunk_frames, before)
     branch.last_frames[chunk] = out[:, -motion.shape[1] :].copy()

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mc_runtime import denoise
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.sampler import sampler_step, sampler_table
 from motioncache import DecisionTrace, Mode, Preset, make_policy
 from motioncache.config import FIXED
 
@@ -169,7 +171,7 @@ def expected_first_weights(pipeline):
     other.transformer = replace(
         pipeline.transformer, runners={**pipeline.transformer.runners, "head": head}
     )
-    trace = generate(other, switched(reset_history=False)).trace
+    trace = generate(other, switched(reset_history=False, latent_motion=False)).trace
     where = [
         (row, chunk, branch)
         for row, chunk in np.argwhere(trace.step > 0).tolist()
@@ -188,7 +190,10 @@ def expected_first_weights(pipeline):
 
 def test_reset_history(tiny):
     """With it the first frame behind a prefix is not compared with a frame of another window."""
-    found = {value: generate(tiny, switched(reset_history=value)).trace for value in (True, False)}
+    found = {
+        value: generate(tiny, switched(reset_history=value, latent_motion=False)).trace
+        for value in (True, False)
+    }
     second = found[True].window_start[1]
     np.testing.assert_array_equal(found[True].weights[:second], found[False].weights[:second])
     tokens, frames = found[True].recompute.shape[3], OPTIONS.causal_block_size
@@ -274,3 +279,49 @@ def test_motion_of_the_very_first_step_counts_where_nothing_is_warmed_up(tiny):
 def test_a_forced_last_step_is_no_choice(tiny):
     policy = make_policy("motioncache", SETTINGS["motioncache"] | {"threshold": 1e9})
     assert generate(tiny, policy).trace.reused() == 1
+
+
+def test_weights_are_those_of_the_clean_latents_that_each_step_predicts(tiny, monkeypatch):
+    """By hand from the samples and guided velocities that the sampler gets."""
+    steps = []
+
+    def record(table, state, velocity, latents):
+        steps.append((velocity.copy(), latents.copy()))
+        return sampler_step(table, state, velocity, latents)
+
+    monkeypatch.setattr(denoise, "sampler_step", record)
+    trace = generate(tiny, make_policy("motioncache", SETTINGS["motioncache"])).trace
+    sigmas = sampler_table(10, 8.0, "diffusers", "aliased").sigmas
+    last, checked = {}, 0
+    for row, chunk in np.argwhere(trace.step > 0):
+        velocity, sample = steps.pop(0)
+        if row in trace.window_start and chunk == (trace.step[row] > 0).argmax():
+            last = {}  # a window forgets the one before
+        clean = sample - sigmas[trace.step[row, chunk] - 1] * velocity
+        weights = trace.weights[row, :, chunk]
+        if np.isnan(weights[0]).all():
+            continue
+        before = last.get(chunk - 1)
+        last[chunk] = clean[:, -1]
+        for frame in range(5):
+            pair = (clean[:, frame - 1] if frame else before), clean[:, frame]
+            if pair[0] is None:
+                pair = clean[:, 0], clean[:, 1]
+            change = np.abs(pair[1] - pair[0]).reshape(16, 2, 2, 3, 2).mean(axis=(0, 2, 4)).ravel()
+            share = (change - change.min()) / (change.max() - change.min() + 1e-8)
+            for branch in weights:
+                got = branch.reshape(5, -1)[frame]
+                np.testing.assert_allclose(got, 0.5 + 0.5 * share, atol=2e-3)
+                checked += 1
+    assert not steps and checked > 50
+
+
+def test_the_published_motion_is_a_switch(tiny):
+    latents, output = (
+        generate(tiny, switched(latent_motion=value)).trace.weights for value in (True, False)
+    )
+    assert np.array_equal(np.isnan(latents), np.isnan(output))
+    known = ~np.isnan(latents)
+    assert np.abs(latents[known] - output[known]).max() > 0.1
+    np.testing.assert_array_equal(latents[:, 0], latents[:, 1])
+    assert np.abs(output[:, 0] - output[:, 1])[known[:, 0]].max() > 0

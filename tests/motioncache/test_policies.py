@@ -212,6 +212,12 @@ def test_switches_that_the_loop_follows(name, value):
     assert all(getattr(policy, other) for other in others)
 
 
+def test_motion_is_that_of_latents_or_as_published():
+    assert switched("latent_motion").motion == "latents"
+    assert switched("latent_motion", False).motion == "output"
+    assert motion_policy(compat="reference").motion == "output"
+
+
 @pytest.mark.parametrize("name", ["clean_pass", "reset_history"])
 def test_the_published_rules_have_neither(name):
     assert not getattr(motion_policy(compat="reference"), name)
