@@ -3,7 +3,10 @@
 Neighbours: the adapters subclass `Island`, the precision pass casts at its border.
 """
 
-__all__ = ["Island"]
+__all__ = ["Island", "cast_real", "narrow"]
+
+import copy
+from typing import Any
 
 import torch
 
@@ -15,3 +18,41 @@ class Island(torch.nn.Module):
     island's border, so a subclass's forward holds just the arithmetic that the model itself keeps
     in float32: a norm, a modulation, a rotation, and nothing beside it.
     """
+
+
+def narrow(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Copy a module so that it computes in a 16-bit type, but for its islands.
+
+    What leaves an island is rounded, also where the next island takes it, which graphs do not do.
+
+    Args:
+        module: In float32.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        The copy. Its floating-point inputs have that type, but for those that go into islands.
+    """
+
+    def widen(island: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(cast_real(value, torch.float32) for value in inputs)
+
+    def border(island: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return cast_real(output, dtype)
+
+    narrowed = copy.deepcopy(module)
+    for part in narrowed.modules():
+        if isinstance(part, Island):
+            part.register_forward_pre_hook(widen)
+            part.register_forward_hook(border)
+        else:
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                tensor.data = cast_real(tensor.data, dtype)
+    return narrowed
+
+
+def cast_real(value: Any, dtype: torch.dtype) -> Any:
+    """Cast a floating-point tensor, or those of a tuple; return everything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(cast_real(part, dtype) for part in value)
+    is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_real else value

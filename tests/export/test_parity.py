@@ -12,9 +12,16 @@ from torch import nn
 from mc_engines.errors import CheckpointError, ParityError
 from mc_export import write_component as module
 from mc_export.component import ComponentSource
+from mc_export.islands import narrow
 from mc_export.layers import RmsNorm
 from mc_export.onnx_export import export_component
-from mc_export.parity import Comparison, compare_outputs, require_parity
+from mc_export.parity import (
+    TOLERANCES,
+    Comparison,
+    allow_own_error,
+    compare_outputs,
+    require_parity,
+)
 from mc_export.passes.set_precision import set_precision
 from mc_export.passes.store_weights import StoredWeights
 from mc_export.skyreels import Linear
@@ -222,3 +229,57 @@ def test_what_the_proof_needs_is_gone_afterwards(source, tmp_path):
     graphs = {f"onnx/small.{form}.onnx" for form in spec.graphs}
     kept = set(spec.weight_files) if source.layers else {"onnx/small.onnx.data"}
     assert files == {"onnx", *graphs, *kept, *(["weights"] if source.layers else [])}
+
+
+# ---- models that are no good in 16 bits
+
+
+class Cancelling(nn.Module):
+    """Loses all but the leading bits of x in 16-bit arithmetic, as some trained models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor(500.0), requires_grad=False)
+
+    def forward(self, x):
+        return (x + self.offset).abs() - self.offset
+
+
+def test_a_model_that_is_no_good_in_16_bits_may_be_so_in_its_graphs(tmp_path):
+    x = torch.linspace(-1, 1, 64).reshape(1, 64)
+    source = ComponentSource("bad", Cancelling().eval(), {"x": x}, {"x": {1: "n"}}, ("y",))
+    _, rows = write_component(source, tmp_path, None, "fp32")
+    require_parity(rows)
+    by_form = {row.form: row for row in rows}
+    assert by_form["fp32"].tolerance == TOLERANCES["fp32"]
+    bf16 = by_form["bf16"]  # whose numbers from 256 to 512 are 2 apart
+    assert bf16.max_abs == pytest.approx(1, rel=0.1)
+    assert bf16.tolerance == pytest.approx(1.5 * bf16.max_abs, rel=1e-6)
+    assert bf16.own_error == bf16.max_abs and by_form["fp16"].own_error is None
+    assert by_form["fp16"].tolerance == TOLERANCES["fp16"], "ONNX Runtime computes it in float32"
+
+
+@pytest.mark.parametrize("own", [np.nan, np.inf])
+def test_own_errors_that_are_not_finite_excuse_nothing(own):
+    row = compare([1.5], [1.0], "bf16")
+    (same,) = allow_own_error([row], {"y": np.array([own])}, {"y": np.array([1.0])})
+    assert same == row and not same.passes
+
+
+def test_a_graph_that_passes_keeps_its_tolerance():
+    row = compare([1.0], [1.0], "bf16")
+    assert allow_own_error([row], {"y": np.array([3.0])}, {"y": np.array([1.0])}) == [row]
+
+
+def test_islands_stay_float32_in_a_narrowed_module():
+    small = make_source(layered=False).module
+    x = torch.randn(3, 16)
+    narrowed = narrow(small, torch.bfloat16)
+    y, hidden = narrowed(x.bfloat16())
+    weights = draw_weights(0)
+    expected = x.bfloat16() @ weights["up.weight"].bfloat16() + weights["up.bias"].bfloat16()
+    torch.testing.assert_close(hidden, expected)
+    wide = hidden.float()
+    norm = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["norm.weight"]
+    torch.testing.assert_close(y, norm.bfloat16(), rtol=2**-8, atol=0)
+    assert small.up.weight.dtype == torch.float32, "the original is left alone"
