@@ -18,7 +18,7 @@ __all__ = [
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from mc_export.tensor_source import (
     Shape,
     TensorSource,
 )
+from motioncache import Preset
 
 ACCEPTED_FORMS = (
     "a diffusers folder (transformer/config.json and transformer/*.safetensors; beside them "
@@ -95,6 +96,7 @@ class Checkpoint:
         vae: Its config has the keys of diffusers' AutoencoderKLWan.
         tokenizer: Folder with `tokenizer.json`; without that file the tokenizer counts as missing.
         scheduler: diffusers' scheduler_config.json; the original layout has none.
+        presets: Cache presets for these weights, from `presets.json`, as a manifest has them.
     """
 
     path: Path
@@ -103,6 +105,7 @@ class Checkpoint:
     vae: Part | None
     tokenizer: Path | None
     scheduler: dict[str, Any] | None
+    presets: dict[str, Any] = field(default_factory=dict)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -215,7 +218,18 @@ def _load_diffusers(path: Path) -> Checkpoint:
         vae=_diffusers_part(path / "vae"),
         tokenizer=_tokenizer(path / "tokenizer"),
         scheduler=_optional_json(path / "scheduler" / "scheduler_config.json"),
+        presets=_load_presets(path / "presets.json"),
     )
+
+
+def _load_presets(file: Path) -> dict[str, Any]:
+    presets = _optional_json(file) or {}
+    try:
+        for key, value in presets.items():
+            Preset.from_json(key, value)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return presets
 
 
 def _diffusers_part(folder: Path) -> Part | None:

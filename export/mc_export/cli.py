@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from mc_engines.command import command
 from mc_engines.errors import CheckpointError, MissingExtraError, require
 from mc_engines.specs import PRECISIONS, Precision
-from mc_export.published import FAMILY_DEFAULTS, PUBLISHED
+from mc_export.published import FAMILY_DEFAULTS, PUBLISHED, WAN21_VAE
 
 if TYPE_CHECKING:
     from mc_export.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ LACKS = {
     "--model",
     type=click.Choice([*FAMILY_DEFAULTS, *PUBLISHED]),
     required=True,
-    help="Family, or one of its published models.",
+    help="Family, or one of its published models; skyreels-mini comes with this package.",
 )
 @click.option(
     "--checkpoint",
@@ -71,7 +71,8 @@ def main(
         click.echo(_plan(model, opened, dtype, video))
         return
     assert output is not None  # held above
-    _export(opened, output, dtype, overwrite, quiet)
+    name = model if model in PUBLISHED else None
+    _export(opened, output, dtype, overwrite, quiet, name)
 
 
 def _open(model: str, path: Path | None) -> "Checkpoint":
@@ -99,24 +100,32 @@ def _plan(
 ) -> str:
     from mc_export.export_bundle import expected_tensors, stored_precision
     from mc_export.size_plan import plan_sizes, render_plan
+    from mc_export.wan_vae_components import describe_vae
     from mc_export.write_component import STORED_TYPES
 
     published = PUBLISHED[FAMILY_DEFAULTS.get(model, model)]
     sizes: dict[str, Any] = {
         name: getattr(published, name) if value is None else value for name, value in video.items()
     }
+    vae = WAN21_VAE if checkpoint.vae is None else checkpoint.vae.config
     plan = plan_sizes(
         checkpoint.transformer.config,
         expected_tensors(checkpoint),
         dtype=STORED_TYPES[dtype or stored_precision(checkpoint.transformer)],
         chunk=5,
+        spatial_factor=describe_vae(vae)["spatial_factor"],
         **sizes,
     )
     return render_plan(plan)
 
 
 def _export(
-    checkpoint: "Checkpoint", output: Path, dtype: Precision | None, overwrite: bool, quiet: bool
+    checkpoint: "Checkpoint",
+    output: Path,
+    dtype: Precision | None,
+    overwrite: bool,
+    quiet: bool,
+    model: str | None,
 ) -> None:
     from mc_export.export_bundle import count_steps, export_bundle
 
@@ -135,7 +144,13 @@ def _export(
             if not (quiet or console.is_terminal):
                 click.echo(words, err=True)
 
-        rows = export_bundle(checkpoint, output, dtype, overwrite, report)
+        rows = export_bundle(checkpoint, output, dtype, overwrite, report, model)
+    for component, form in dict.fromkeys((r.component, r.form) for r in rows if r.own_error):
+        click.echo(
+            f"{component}, {form}: the model itself loses much in that type, and so its graph. "
+            "Use another form of it.",
+            err=True,
+        )
     if not quiet:
         worst = max(row.share for row in rows)
         click.echo(

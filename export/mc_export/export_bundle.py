@@ -21,7 +21,7 @@ from mc_engines.specs import ComponentSpec, Precision
 from mc_export.checkpoint import Checkpoint, Part, check_tensors
 from mc_export.component import ComponentSource
 from mc_export.parity import Comparison, require_parity
-from mc_export.published import published_name
+from mc_export.published import PUBLISHED, published_name
 from mc_export.skyreels_components import (
     describe_transformer,
     transformer_components,
@@ -87,6 +87,7 @@ def export_bundle(
     dtype: Precision | None = None,
     overwrite: bool = False,
     report: Report = lambda _: None,
+    model: str | None = None,
 ) -> list[Comparison]:
     """Convert, prove and publish; an error or an interrupt leaves nothing at the target.
 
@@ -96,6 +97,7 @@ def export_bundle(
         dtype: Of the stored weights; None keeps the checkpoint's own.
         overwrite: Replace a bundle that is there.
         report: Called with a few words after every step.
+        model: Name of the published configuration; None finds it by the transformer's sizes.
 
     Returns:
         The comparisons with torch, which the bundle holds as well.
@@ -103,10 +105,16 @@ def export_bundle(
     Raises:
         CheckpointError: A tensor is missing, unexpected, of another shape, or not finite.
         ParityError: A graph does not compute what the model computes.
+        ValueError: No published configuration has the name.
         BundleError: The target is in the way or cannot be written.
     """
-    for name, expected in expected_tensors(checkpoint).items():
-        check_tensors(name, getattr(checkpoint, name).tensors, expected)
+    name = model or published_name(checkpoint.transformer.config)
+    if name not in (None, *PUBLISHED):
+        raise ValueError(
+            f"model: expected one of {', '.join(PUBLISHED)}, got '{name}'. Leave it out."
+        )
+    for part_name, expected in expected_tensors(checkpoint).items():
+        check_tensors(part_name, getattr(checkpoint, part_name).tensors, expected)
     specs: dict[str, ComponentSpec] = {}
     rows: list[Comparison] = []
     with BundleWriter(target, overwrite) as writer:
@@ -122,7 +130,7 @@ def export_bundle(
         _write_report(writer.folder, rows)
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, writer.folder / "tokenizer")
-        writer.finish(_manifest(checkpoint, specs, dtype))
+        writer.finish(_manifest(checkpoint, specs, dtype, name))
     return rows
 
 
@@ -170,7 +178,10 @@ def _write_report(folder: Path, rows: list[Comparison]) -> None:
 
 
 def _manifest(
-    checkpoint: Checkpoint, specs: dict[str, ComponentSpec], dtype: Precision | None
+    checkpoint: Checkpoint,
+    specs: dict[str, ComponentSpec],
+    dtype: Precision | None,
+    name: str | None,
 ) -> Manifest:
     config: dict[str, Any] = {"transformer": describe_transformer(checkpoint.transformer.config)}
     if checkpoint.text_encoder is not None:
@@ -178,13 +189,16 @@ def _manifest(
         config["text_encoder"] = encoder | {"max_tokens": MAX_TEXT_TOKENS}
     if checkpoint.vae is not None:
         config["vae"] = describe_vae(checkpoint.vae.config)
+    if name is not None:
+        config["video"] = {"height": PUBLISHED[name].height, "width": PUBLISHED[name].width}
     return Manifest(
         FAMILY,
-        published_name(checkpoint.transformer.config),
+        name,
         _dtype_name(STORED_TYPES[dtype or stored_precision(checkpoint.transformer)]),
         tuple(part for part in _PARTS if getattr(checkpoint, part) is None),
         config,
         specs,
+        checkpoint.presets,
     )
 
 

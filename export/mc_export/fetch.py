@@ -1,15 +1,18 @@
-"""Gets a published checkpoint from the Hugging Face hub, for an export without `--checkpoint`.
+"""Gets a published checkpoint, for an export without `--checkpoint`: from the hub or this package.
 
 Neighbours: `PUBLISHED` says where each lies, `load_checkpoint` opens what comes back.
 """
 
-__all__ = ["fetch_checkpoint"]
+__all__ = ["PACKAGED", "fetch_checkpoint"]
 
 from pathlib import Path
 
 from mc_engines.errors import CheckpointError, MissingExtraError, require
 from mc_export.checkpoint import ACCEPTED_FORMS
 from mc_export.published import FAMILY_DEFAULTS, PUBLISHED
+
+# The small model that comes with this package.
+PACKAGED = Path(__file__).parent / "skyreels_mini"
 
 # What `load_checkpoint` opens, and the licence; not the pictures and the pickled twins.
 _WANTED = (
@@ -27,7 +30,7 @@ _WANTED = (
 
 
 def fetch_checkpoint(model: str) -> Path:
-    """Fetch a published checkpoint into the hub's cache, or find it there.
+    """Fetch a published checkpoint into the hub's cache, or find it there or in this package.
 
     Args:
         model: Name of a published configuration, or of a family: then its `FAMILY_DEFAULTS`.
@@ -46,6 +49,8 @@ def fetch_checkpoint(model: str) -> Path:
             f"model: expected one of {', '.join([*FAMILY_DEFAULTS, *PUBLISHED])}, got {model!r}."
         )
     repository = PUBLISHED[name].repository
+    if repository is None:
+        return PACKAGED
     try:
         hub = require("huggingface_hub", "export")
     except MissingExtraError as error:

@@ -17,29 +17,31 @@ class Published:
     """One published checkpoint and the video it was trained for.
 
     Attributes:
-        repository: On the Hugging Face hub, in diffusers' layout.
+        repository: On the Hugging Face hub, in diffusers' layout; None for the one in this package.
         transformer: Configuration of the transformer, with diffusers' keys.
         height: Pixels.
         width: Pixels.
         base_num_frames: Pixel frames of one window.
     """
 
-    repository: str
+    repository: str | None
     transformer: Mapping[str, Any]
     height: int
     width: int
     base_num_frames: int
 
 
-def _transformer(layers: int, heads: int, ffn_dim: int, fps: bool) -> Mapping[str, Any]:
+def _transformer(
+    layers: int, heads: int, ffn_dim: int, fps: bool, head_dim: int = 128, text_dim: int = 4096
+) -> Mapping[str, Any]:
     return MappingProxyType(
         {
             "patch_size": [1, 2, 2],
             "num_attention_heads": heads,
-            "attention_head_dim": 128,
+            "attention_head_dim": head_dim,
             "in_channels": 16,
             "out_channels": 16,
-            "text_dim": 4096,
+            "text_dim": text_dim,
             "freq_dim": 256,
             "ffn_dim": ffn_dim,
             "num_layers": layers,
@@ -54,11 +56,13 @@ def _transformer(layers: int, heads: int, ffn_dim: int, fps: bool) -> Mapping[st
 
 _SMALL = _transformer(layers=30, heads=12, ffn_dim=8960, fps=True)
 _LARGE = _transformer(layers=40, heads=40, ffn_dim=13824, fps=False)
+_MINI = _transformer(layers=6, heads=3, ffn_dim=768, fps=True, head_dim=64, text_dim=128)
 
 # Source: repositories, diffusers' documentation (api/pipelines/skyreels_v2); sizes, its
 # scripts/convert_skyreelsv2_to_diffusers.py (commit 58eb52c); videos, SkyReels-V2's README
 # (commit abed76f). The 720P model was trained on 121 frames, 31 latent ones, which are no whole
-# number of chunks: 117 frames are the longest window below that.
+# number of chunks: 117 frames are the longest window below that. skyreels-mini is this project's
+# own: mc_export/skyreels_mini/README.md.
 PUBLISHED: Mapping[str, Published] = MappingProxyType(
     {
         "skyreels-df-1.3b-540p": Published(
@@ -70,6 +74,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         "skyreels-df-14b-720p": Published(
             "Skywork/SkyReels-V2-DF-14B-720P-Diffusers", _LARGE, 720, 1280, 117
         ),
+        "skyreels-mini": Published(None, _MINI, 64, 64, 97),
     }
 )
 

@@ -19,7 +19,6 @@ import torch
 from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES, HELD_WEIGHTS_BYTES
 from mc_export.tensor_source import Shape
 
-_SPATIAL_FACTOR = 8
 _TEMPORAL_FACTOR = 4
 _TEXT_TOKENS = 512
 _BRANCHES = 2
@@ -140,6 +139,7 @@ def plan_sizes(
     width: int,
     base_num_frames: int,
     chunk: int,
+    spatial_factor: int = 8,
 ) -> SizePlan:
     """Plan the sizes of an export and of a run.
 
@@ -152,6 +152,7 @@ def plan_sizes(
         width: Pixels.
         base_num_frames: Pixel frames of a window.
         chunk: Latent frames of a chunk.
+        spatial_factor: Pixels per latent along each side.
 
     Returns:
         The plan.
@@ -159,22 +160,20 @@ def plan_sizes(
     Raises:
         ValueError: The sizes are no whole number of patches or chunks.
     """
-    positions = _positions(height, width, transformer["patch_size"])
-    chunk_tokens = chunk * positions
+    chunk_tokens = chunk * _positions(height, width, spatial_factor, transformer["patch_size"])
     window_tokens = chunk_tokens * _chunks(base_num_frames, chunk)
     components = tuple(
         component
         for part, shapes in parts.items()
         for component in _components(part, shapes, dtype.itemsize)
     )
-    base_width = parts.get("vae", {}).get("decoder.conv_out.weight", (0, 0))[1]
     cpu = _run(
         transformer,
         chunk_tokens,
         window_tokens,
         value_bytes=4,
         weights=0 if dtype == torch.float32 else _held_weights(components),
-        decode=_DECODER_MAPS * base_width * _TEMPORAL_FACTOR * height * width * 4,
+        decode=_decoding_bytes(parts.get("vae", {}), height * width),
     )
     resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
     device = _run(
@@ -193,8 +192,17 @@ def plan_sizes(
     )
 
 
-def _positions(height: int, width: int, patch_size: tuple[int, int, int]) -> int:
-    sides = [_SPATIAL_FACTOR * patch for patch in patch_size[1:]]
+def _decoding_bytes(vae: Mapping[str, Shape], pixels: int) -> int:
+    """Of one later step of the decoder; 0 without one."""
+    base_width: int = vae.get("decoder.conv_out.weight", (0, 0))[1]
+    return _DECODER_MAPS * base_width * _TEMPORAL_FACTOR * pixels * 4
+
+
+def _positions(
+    height: int, width: int, spatial_factor: int, patch_size: tuple[int, int, int]
+) -> int:
+    """Tokens of a latent frame."""
+    sides = [spatial_factor * patch for patch in patch_size[1:]]
     for name, size, side in zip(("height", "width"), (height, width), sides, strict=True):
         if size < side or size % side:
             nearest = [low for low in (size // side * side, (size // side + 1) * side) if low]

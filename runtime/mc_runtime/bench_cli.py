@@ -33,7 +33,7 @@ from mc_runtime.bench_policies import (
 )
 from mc_runtime.bench_report import DIFFUSERS, build_report
 from mc_runtime.fidelity import Lpips, compare_videos
-from mc_runtime.flags import FILE, INPUT, make_say, setting_options
+from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import VideoPipeline
@@ -130,7 +130,7 @@ def _prepare(pipeline: VideoPipeline, values: dict[str, Any], say: Callable[[str
     bench = Bench(
         pipeline,
         choose_policies(pipeline, values["policies"], values["policy_option"]),
-        GenerationOptions(**settings),
+        choose_options(pipeline, settings),
         _read_prompts(values["prompt"], values["prompts"]),
         values["rounds"],
     )

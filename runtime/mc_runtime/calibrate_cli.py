@@ -35,7 +35,7 @@ from mc_runtime.calibration import (
     record_changes,
 )
 from mc_runtime.display import Display
-from mc_runtime.flags import INPUT, make_say, setting_options
+from mc_runtime.flags import INPUT, choose_options, make_say, setting_options
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.prompts import encode_prompts, read_prompts
@@ -161,7 +161,7 @@ def main(
     policy_options = _parse_policy_options(policy, policy_option)
     decode = _check_frames(pipeline, target)
     say = make_say(quiet)
-    options = GenerationOptions(**settings)
+    options = choose_options(pipeline, settings)
     job = _Job(pipeline, texts, options, decode, policy, policy_options, target, key, quiet, say)
     _check_steps(job)
     preset = _make_preset(job, _calibrate(job))

@@ -4,10 +4,10 @@ The settings of a generation are the fields of `GenerationOptions`: names, kinds
 taken from there, only the help is written here or by the command.
 """
 
-__all__ = ["FILE", "INPUT", "make_say", "setting_options"]
+__all__ = ["FILE", "INPUT", "choose_options", "make_say", "setting_options"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -15,9 +15,11 @@ from typing import Any, get_args
 import click
 
 from mc_runtime.options import GenerationOptions
+from mc_runtime.pipeline import VideoPipeline
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
+_OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
 _HELP = {
     "num_frames": "Frames of the video.",
     "height": "Pixels.",
@@ -55,17 +57,32 @@ def setting_options(
         for entry in reversed(fields(GenerationOptions)):
             if entry.name in texts:
                 choices = get_args(entry.type)
+                model_decides = entry.name in _OF_THE_MODEL
                 function = click.option(
                     renamed.get(entry.name, f"--{entry.name.replace('_', '-')}"),
                     entry.name,
                     type=click.Choice(choices) if choices else type(entry.default),
-                    default=entry.default,
-                    show_default=True,
+                    default=None if model_decides else entry.default,
+                    show_default=f"the model's, else {entry.default}" if model_decides else True,
                     help=texts[entry.name],
                 )(function)
         return function
 
     return decorate
+
+
+def choose_options(pipeline: VideoPipeline, settings: Mapping[str, Any]) -> GenerationOptions:
+    """Make the options of `setting_options`' flags; None takes the default of the model.
+
+    Args:
+        pipeline: Of the bundle.
+        settings: Values by field; fields that are missing take the default too.
+
+    Returns:
+        The options, not checked.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    return replace(pipeline.default_options, **given)
 
 
 def make_say(quiet: bool) -> Callable[[str], None]:

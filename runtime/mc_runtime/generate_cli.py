@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mc_engines.command import INTERRUPTED, command
 from mc_engines.errors import require
 from mc_runtime.display import Display
-from mc_runtime.flags import FILE, INPUT, make_say, setting_options
+from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
@@ -155,7 +155,7 @@ def _prepare(
     noise = _load(files["latents"], _NOISE) if "latents" in files else None
     if noise is not None:
         settings |= _sizes(noise, pipeline, given)
-    options = GenerationOptions(**settings)
+    options = choose_options(pipeline, settings)
     arrays: dict[str, Any] = {"latents": noise}
     for name in (_PROMPT, _NEGATIVE):
         wanted = "prompt_embeds" in files and (name == _PROMPT or options.guidance_scale > 1)

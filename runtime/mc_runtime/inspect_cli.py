@@ -25,8 +25,7 @@ from mc_engines.command import command
 from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
-from mc_runtime.flags import FILE, INPUT, setting_options
-from mc_runtime.options import GenerationOptions
+from mc_runtime.flags import FILE, INPUT, choose_options, setting_options
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.overlay import write_overlay
 from mc_runtime.pipeline import VideoPipeline
@@ -92,7 +91,7 @@ def main(
         _show_trace(trace, bundle, as_json, quiet, **{name: values[name] for name in _DRAWING})
     elif bundle is not None and policy is not None:
         pipeline = VideoPipeline.from_bundle(bundle)
-        options = GenerationOptions(**{name: values[name] for name in _SETTINGS})
+        options = choose_options(pipeline, {name: values[name] for name in _SETTINGS})
         chosen = pipeline.find_policy(policy, policy_option)
         schedule = forecast_schedule(pipeline, chosen, options, partial(click.echo, err=True))
         _show_schedule(schedule, as_json, quiet)

@@ -136,6 +136,12 @@ class VideoPipeline:
             return LatentGrid(patch_size=patch_size)
         return LatentGrid(vae["temporal_factor"], vae["spatial_factor"], patch_size)
 
+    @property
+    def default_options(self) -> GenerationOptions:
+        """The defaults, at the size of video that the model was trained for where that is known."""
+        video = self.bundle.manifest.config.get("video", {})
+        return GenerationOptions(**{name: video[name] for name in ("height", "width") if video})
+
     def plan(self, options: GenerationOptions, prefix_latent_frames: int = 0) -> RunPlan:
         """Lay out a run on this model; see `plan_run`.
 
@@ -185,7 +191,7 @@ class VideoPipeline:
             decode: Decode the latents to frames.
             callback: Called after every row of the schedule; an exception it raises ends the run.
             note: Called with what the caller should know, such as that the prompt was cut.
-            options: Settings; the defaults if None.
+            options: Settings; `default_options` if None.
             **settings: Single fields of `GenerationOptions`, over those of `options`.
 
         Returns:
@@ -198,7 +204,7 @@ class VideoPipeline:
         """
         if image is not None:
             raise ValueError(IMAGE_REFUSED)
-        chosen = replace(options or GenerationOptions(), **settings)
+        chosen = replace(options or self.default_options, **settings)
         plan = self.plan(chosen, self._count_prefix(video, chosen))
         chosen_policy = self.find_policy(policy)
         check_policy(chosen_policy, plan.shape, note)

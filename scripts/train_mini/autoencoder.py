@@ -20,12 +20,11 @@ from .job import OUT, begin_job, cosine, load_training, log, save_training
 from .linear import init_linear, linear_only, restore_nonlinear
 from .muon import build_optimizers, descend
 from .render import render_scene
-from .world import draw_scene
+from .world import SEEDS, draw_scene
 
 MODEL = OUT / "skyreels-mini"
 _CHECKPOINT = "vae.pt"
 _POOL = 32  # clips in memory to cut from; one is replaced each step
-_HELD_OUT = 1_000_000  # seeds from here on are never trained on
 _KL_WEIGHT = 5e-5
 _SHAPES = (*3 * ((4, 13, 32),), (2, 17, 48))  # batch, frames, pixels; in turn
 _RATES = 3e-4, 5e-5  # of Muon and of AdamW; higher ones tear the linear codec apart
@@ -74,7 +73,7 @@ def encode_clips(vae: AutoencoderKLWan, frames: NDArray[np.uint8]) -> Tensor:
 @torch.no_grad()
 def measure_psnr(vae: AutoencoderKLWan, clips: int = 8, frames: int = 17) -> tuple[float, float]:
     """Return the mean PSNR of held-out clips in dB, and the latents' common standard deviation."""
-    scenes = (draw_scene(_HELD_OUT + index, "held_out") for index in range(clips))
+    scenes = (draw_scene(SEEDS["vae"] + index, "held_out") for index in range(clips))
     video = to_video(np.stack([render_scene(scene, frames).frames for scene in scenes]))
     latents = vae.encode(video).latent_dist.mode()
     error = ((vae.decode(latents).sample - video) / 2).square().mean(dim=(1, 2, 3, 4))

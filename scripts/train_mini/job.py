@@ -3,7 +3,16 @@
 A job is resumed by the command that started it: `load_training` finds what `save_training` left.
 """
 
-__all__ = ["OUT", "THREADS", "begin_job", "cosine", "load_training", "log", "save_training"]
+__all__ = [
+    "OUT",
+    "THREADS",
+    "begin_job",
+    "cosine",
+    "load_training",
+    "log",
+    "save_training",
+    "trapezoid",
+]
 
 import math
 import os
@@ -42,6 +51,25 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def trapezoid(step: int, steps: int, first: int = 0, warmup: int = 100, end: float = 0.2) -> float:
+    """Return the factor of the learning rate: a linear warm-up, a plateau, a linear end.
+
+    Up to the end, `steps` does not matter: a training can be prolonged from there.
+
+    Args:
+        step: Number of the step, from 0.
+        steps: Of the whole training.
+        first: The step at which the optimizer began.
+        warmup: Steps of the warm-up.
+        end: Share of the steps in which the factor falls to zero.
+
+    Example:
+        >>> [round(trapezoid(step, 1000), 2) for step in (0, 49, 100, 799, 900, 999)]
+        [0.01, 0.5, 1.0, 1.0, 0.5, 0.01]
+    """
+    return min(1.0, (step - first + 1) / warmup, (steps - step) / (end * steps))
 
 
 def save_training(

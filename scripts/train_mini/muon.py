@@ -6,6 +6,7 @@ it (kernels as matrices of one row per output channel); everything else through 
 
 __all__ = ["build_optimizers", "descend", "orthogonalise"]
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -21,19 +22,19 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     0.7 to 1.2 and goes no further.
 
     Args:
-        matrix: shape (n, m).
+        matrix: shape (..., n, m).
         steps: Iterations.
 
     Source: K. Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024).
     """
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class _Muon(torch.optim.Optimizer):
@@ -44,18 +45,27 @@ class _Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; those of one shape in one go."""
         for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
-                scale = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
-                update = orthogonalise(direction).view_as(parameter)
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                if parameter.grad is not None:
+                    direction = self._direct(parameter, group["momentum"])
+                    by_shape[direction.shape[0], direction.shape[1]].append((parameter, direction))
+            for (rows, columns), pairs in by_shape.items():
+                scale = max(1, rows / columns) ** 0.5
+                updates = orthogonalise(torch.stack([direction for _, direction in pairs]))
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+
+    def _direct(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Return where the gradient and its momentum point, as a matrix."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average = state["momentum"]
+        average.lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(average, momentum).flatten(1)
 
 
 def build_optimizers(

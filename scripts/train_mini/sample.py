@@ -8,7 +8,6 @@ scenes are taken, and the judge says how many it finds in the frames.
 __all__ = ["generate", "load_pipeline", "write_sheet"]
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .autoencoder import MODEL, load_vae
 from .forcing import CHUNK
 from .job import OUT, THREADS
-from .judge import judge_clip, score_clip
+from .judge import compare_captions, judge_clip
 from .transformer import build_scheduler, build_transformer
-from .world import SIZE, draw_scene
+from .world import SEEDS, SIZE, draw_scene
 
 _GUIDANCE = 6.0
 
@@ -79,16 +78,16 @@ def write_sheet(clips: list[NDArray[np.uint8]], path: Path, every: int = 12) -> 
 
 def judge_held_out(count: int, steps: int) -> None:
     """Generate held-out prompts, print the judge's rates and write the sheet."""
-    pipeline, clips = load_pipeline(), []
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for index in range(count):
-        scene = draw_scene(3_000_000 + index, "held_out", actors=1, plain=True)
-        clips.append(generate(pipeline, scene.caption(), steps=steps, seed=index))
-        score = score_clip(judge_clip(clips[-1]), scene)
-        for attribute, right in score.items():
-            hits[attribute].append(right)
-        print(scene.caption(), score, flush=True)
-    print("  ".join(f"{key} {np.mean(right):.2f} of {len(right)}" for key, right in hits.items()))
+    pipeline = load_pipeline()
+    scenes = [
+        draw_scene(SEEDS["samples"] + index, "held_out", actors=1, plain=True)
+        for index in range(count)
+    ]
+    clips = [
+        generate(pipeline, scene.caption(), steps=steps, seed=index)
+        for index, scene in enumerate(scenes)
+    ]
+    print(compare_captions([judge_clip(clip) for clip in clips], scenes))
     write_sheet(clips, OUT / "sheet.png")
 
 

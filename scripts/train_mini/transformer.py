@@ -10,16 +10,22 @@ import argparse
 import copy
 import json
 import time
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from mc_export.fetch import PACKAGED
 
 from .autoencoder import MODEL
 from .forcing import CHUNK, SHIFT, add_noise, draw_levels, predict_velocity
-from .job import begin_job, cosine, load_training, log, save_training
+from .job import begin_job, load_training, log, save_training, trapezoid
 from .latents import Cache
 from .muon import build_optimizers, descend
 from .text import TEXT_DIM, build_text_encoder, build_tokenizer, embed_captions
@@ -29,8 +35,9 @@ _EMA = 0.998
 _RATES = 0.02, 2e-3  # of Muon and of AdamW
 _NOT_MATRICES = ("patch_embedding", "proj_out", "fps_embedding", "shared", "embed_tokens", "bias")
 _DROPOUT = 0.1  # share of samples without a caption
-_WHOLE = 5  # every fifth step trains on whole windows
-_SHAPES = {True: (3, 5), False: (8, 2)}  # batch, chunks: of a whole window, and else
+# Samples and chunks of a step, in turn: first chunks alone, pairs, whole windows.
+_CYCLE = ((16, 1), (16, 1), (8, 2), (16, 1), (16, 1), (3, 5))
+_SAVE_EVERY = 180  # seconds
 
 _INDEX = {
     "_class_name": "SkyReelsV2DiffusionForcingPipeline",
@@ -63,8 +70,15 @@ class Mini(nn.Module):
         half.transformer.save_pretrained(MODEL / "transformer")
         half.text_encoder.save_pretrained(MODEL / "text_encoder")
         self.tokenizer.save_pretrained(MODEL / "tokenizer")
+        _name_class(MODEL / "tokenizer" / "tokenizer_config.json")
         build_scheduler().save_pretrained(MODEL / "scheduler")
         (MODEL / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+
+
+def _name_class(path: Path) -> None:
+    """Name the tokenizer's class so that transformers 4 knows it too; 5 writes one of its own."""
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def build_transformer(layers: int = 6, heads: int = 3) -> SkyReelsV2Transformer3DModel:
@@ -103,9 +117,14 @@ def build_mini() -> Mini:
     return mini
 
 
-def compute_loss(mini: Mini, cache: Cache, rng: np.random.Generator, whole: bool) -> Tensor:
-    """Return the squared error of the velocity over the chunks that the sampler would update."""
-    batch, chunks = _SHAPES[whole]
+def compute_loss(mini: Mini, cache: Cache, step: int) -> Tensor:
+    """Return the squared error of the velocity over the chunks that the sampler would update.
+
+    What is drawn depends on the number of the step alone, so that a resumed training is the same.
+    """
+    batch, chunks = _CYCLE[step % len(_CYCLE)]
+    rng = np.random.default_rng(step)
+    torch.manual_seed(step)
     latents, captions, clean = cache.draw(rng, batch, chunks)
     captions = ["" if rng.random() < _DROPOUT else caption for caption in captions]
     sigma = torch.from_numpy(draw_levels(rng, batch, chunks, clean)).float()
@@ -125,32 +144,46 @@ def update_average(average: Mini, mini: Mini, step: int) -> None:
         slow.lerp_(fast, 1 - decay)
 
 
-def train(steps: int) -> None:
-    """Train from the last checkpoint on; every 3 minutes write one and the model."""
+def load_packaged(mini: Mini) -> None:
+    """Fill a model with the weights in the package."""
+    weights = load_file(PACKAGED / "transformer" / SAFETENSORS_WEIGHTS_NAME)
+    mini.transformer.load_state_dict(weights)
+    encoder = UMT5EncoderModel.from_pretrained(PACKAGED / "text_encoder")
+    mini.text_encoder.load_state_dict(encoder.state_dict())
+
+
+def train(steps: int, start: int = 0) -> None:
+    """Train from the last checkpoint on; every 3 minutes write one and the model.
+
+    Args:
+        steps: Of the whole training.
+        start: Where there is no checkpoint, begin from the weights in the package, which took so
+            many steps. The optimizers begin anew, so the learning rate is warmed up again.
+    """
     begin_job()
     mini = build_mini()
+    if start:
+        load_packaged(mini)
     models = {"mini": mini, "average": copy.deepcopy(mini)}
     optimizers = build_optimizers(mini, *_RATES, others=_NOT_MATRICES)
-    start = load_training(_CHECKPOINT, models, optimizers)
-    rng, cache, losses = np.random.default_rng(start), Cache(), {True: 1.0, False: 1.0}
-    torch.manual_seed(start)
-    saved = time.monotonic()
+    first, start = start, load_training(_CHECKPOINT, models, optimizers) or start
+    cache, losses, saved = Cache(), {}, time.monotonic()
     for step in range(start, steps):
-        whole = step % _WHOLE == _WHOLE - 1
-        loss = compute_loss(mini, cache, rng, whole)
-        descend(loss, mini, optimizers, cosine(step, steps))
+        loss = compute_loss(mini, cache, step)
+        descend(loss, mini, optimizers, trapezoid(step, steps, first))
         update_average(models["average"], mini, step)
-        losses[whole] += 0.03 * (loss.item() - losses[whole])
+        name = f"loss_{_CYCLE[step % len(_CYCLE)][1]}"
+        losses[name] = losses.get(name, loss.item()) * 0.97 + loss.item() * 0.03
         if step % 20 == 0:
-            log(step=step, loss=losses[False], loss_whole=losses[True], clips=len(cache))
-        if time.monotonic() - saved > 180 or step == steps - 1:
+            log(step=step, **losses)
+        if time.monotonic() - saved > _SAVE_EVERY or step == steps - 1:
             saved = time.monotonic()
             save_training(_CHECKPOINT, step + 1, models, optimizers)
             models["average"].save()
-            cache.refresh()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
-    train(parser.parse_args().steps)
+    parser.add_argument("--start", type=int, default=0, help="Steps of the weights in the package.")
+    train(**vars(parser.parse_args()))

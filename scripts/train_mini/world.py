@@ -10,6 +10,7 @@ __all__ = [
     "COLOURS",
     "FPS",
     "MOTIONS",
+    "SEEDS",
     "SHAPES",
     "SIZE",
     "SPEEDS",
@@ -45,6 +46,20 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"stays": 0.0, "drifts": 0.35, "races": 1.1}  # pixels per frame
 MOTIONS = ("stays", *(f"{verb} {way}" for verb in ("drifts", "races") for way in DIRECTIONS))
 PANS = {"left": (0.25, 0.0), "right": (-0.25, 0.0)}  # shift of the picture, pixels per frame
+
+# The first seed of each use. None reaches another's, so that nothing is judged on what it was made
+# from: training (`clips`, `beginnings`), the VAE's progress, the judge, development (`samples`),
+# calibration, and what the model card says (`prompts`, `kinds`).
+SEEDS = {
+    "clips": 0,
+    "beginnings": 100_000,
+    "vae": 1_000_000,
+    "judge": 2_000_000,
+    "prompts": 3_000_000,
+    "kinds": 4_000_000,
+    "calibration": 5_000_000,
+    "samples": 6_000_000,
+}
 
 Split = Literal["train", "held_out", "any"]
 Combination = tuple[str, str, str, str]

@@ -1,17 +1,20 @@
 """Opening a checkpoint in diffusers' layout, and what is said of one that cannot be used."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import make_tiny_checkpoint
 from transformers import UMT5Config, UMT5EncoderModel
 
 from mc_engines.errors import CheckpointError
 from mc_export.checkpoint import ACCEPTED_FORMS, check_tensors, load_checkpoint, load_finite
 from mc_export.random_source import RandomSource
+from motioncache import Preset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TRANSFORMER = {
@@ -199,3 +202,16 @@ def test_a_value_that_is_not_finite_is_found(
     assert load_finite(tensors, "ok").dtype == dtype
     with pytest.raises(CheckpointError, match=r"'blocks\.0\.x': expected finite values, got NaN"):
         load_finite(tensors, "blocks.0.x")
+
+
+def test_presets_come_with_a_checkpoint_and_are_checked(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "checkpoint", parts=("transformer",))
+    assert load_checkpoint(folder).presets == {}
+    preset = Preset("flowcache", "calibrated", {"threshold": 0.1}, "calibrated", "a test")
+    file = folder / "presets.json"
+    file.write_text(json.dumps({preset.key: preset.to_json()}))
+    assert load_checkpoint(folder).presets == {preset.key: preset.to_json()}
+    file.write_text(json.dumps({preset.key: {"policy": "flowcache"}}))
+    expected = f"{file}: preset {preset.key}: expected the fields of a preset, got "
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        load_checkpoint(folder)

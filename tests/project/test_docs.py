@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from mc_export.fetch import PACKAGED
 from mc_runtime import VideoPipeline
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +77,16 @@ def test_the_scripts_of_the_readme_can_be_run() -> None:
 
 @pytest.fixture
 def folder(
-    tmp_path: Path, tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    export: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A working folder with a checkpoint and a bundle under the names that the README uses."""
+    """A working folder with a checkpoint and bundles under the names that the README uses."""
     shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     shutil.copytree(tiny_bundle, tmp_path / "skyreels.bundle")
+    shutil.copytree(export(PACKAGED), tmp_path / "mini.bundle")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

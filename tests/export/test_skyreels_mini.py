@@ -1,0 +1,66 @@
+"""The small model in the package: found offline, of the right sizes, small enough to ship."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from mc_export.checkpoint import load_checkpoint
+from mc_export.cli import main
+from mc_export.export_bundle import expected_tensors
+from mc_export.fetch import PACKAGED, fetch_checkpoint
+from mc_export.published import PUBLISHED
+from motioncache import Preset, make_policy
+
+LIMIT = 16 * 2**20
+
+
+def test_it_is_found_without_the_hub(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert fetch_checkpoint("skyreels-mini") == PACKAGED
+
+
+def test_every_part_is_there_with_the_published_sizes() -> None:
+    checkpoint = load_checkpoint(PACKAGED)
+    assert checkpoint.transformer.config == dict(PUBLISHED["skyreels-mini"].transformer)
+    assert checkpoint.tokenizer is not None and checkpoint.scheduler is not None
+    assert checkpoint.scheduler["flow_shift"] == pytest.approx(8)
+    assert expected_tensors(checkpoint).keys() == {"transformer", "text_encoder", "vae"}
+
+
+def test_it_is_at_most_16_mb_of_float16() -> None:
+    assert sum(path.stat().st_size for path in PACKAGED.rglob("*") if path.is_file()) <= LIMIT
+    files = list(PACKAGED.rglob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+
+
+def test_its_presets_are_calibrated_and_name_no_machine() -> None:
+    presets = load_checkpoint(PACKAGED).presets
+    assert "motioncache:calibrated" in presets
+    for key, value in presets.items():
+        preset = Preset.from_json(key, value)
+        assert (preset.key, preset.origin, preset.steps) == (key, "calibrated", 50)
+        make_policy(preset.policy, preset.options)
+        assert "mc-calibrate" in preset.source and "/" not in preset.source
+
+
+def test_a_dry_run_plans_its_own_size() -> None:
+    result = CliRunner().invoke(main, ["--model", "skyreels-mini", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "64 x 64 pixels, 97 frames a window, 320 tokens a chunk, 1,600 a window" in result.stdout
+
+
+def test_another_checkpoint_does_not_pass_for_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint" / "transformer"
+    folder.mkdir(parents=True)
+    config = json.loads((PACKAGED / "transformer" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 5}))
+    arguments = ["--model", "skyreels-mini", "--checkpoint", str(folder.parent)]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "bundle")])
+    assert result.exit_code == 1
+    assert "expected the transformer of skyreels-mini, got one of other sizes" in result.stderr
