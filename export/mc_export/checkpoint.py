@@ -228,7 +228,9 @@ def _load_presets(file: Path) -> dict[str, Any]:
         for key, value in presets.items():
             Preset.from_json(key, value)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(
+            f"{file}: expected presets that mc-calibrate made, got: {error}"
+        ) from error
     return presets
 
 

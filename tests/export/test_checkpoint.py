@@ -212,6 +212,6 @@ def test_presets_come_with_a_checkpoint_and_are_checked(tmp_path: Path) -> None:
     file.write_text(json.dumps({preset.key: preset.to_json()}))
     assert load_checkpoint(folder).presets == {preset.key: preset.to_json()}
     file.write_text(json.dumps({preset.key: {"policy": "flowcache"}}))
-    expected = f"{file}: preset {preset.key}: expected the fields of a preset, got "
+    expected = f"{file}: expected presets that mc-calibrate made, got: preset {preset.key}: "
     with pytest.raises(CheckpointError, match=re.escape(expected)):
         load_checkpoint(folder)

@@ -1,6 +1,7 @@
 """The small model in the package: found offline, of the right sizes, small enough to ship."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ def test_a_dry_run_plans_its_own_size() -> None:
 
 def test_another_checkpoint_does_not_pass_for_it(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint" / "transformer"
-    folder.mkdir(parents=True)
-    config = json.loads((PACKAGED / "transformer" / "config.json").read_text())
+    shutil.copytree(PACKAGED / "transformer", folder)
+    config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_layers": 5}))
     arguments = ["--model", "skyreels-mini", "--checkpoint", str(folder.parent)]
     result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "bundle")])

@@ -32,6 +32,7 @@ class FakePipeline:
     """Stands at the seam: random chunks from the seed, and a note of what was asked for."""
 
     grid = WAN_GRID
+    default_options = GenerationOptions()
     calls: ClassVar[list] = []
     chunks = 3
     ends_with: BaseException | None = None
@@ -112,6 +113,14 @@ def test_flags_and_defaults_are_those_of_the_options(fake, folder):
     assert fake.calls[0]["options"] == GenerationOptions()
     flags = {option.opts[0] for option in main.params}
     assert {f"--{entry.name.replace('_', '-')}" for entry in fields(GenerationOptions)} <= flags
+
+
+def test_the_size_that_the_model_was_trained_for_is_the_default(fake, folder, monkeypatch):
+    monkeypatch.setattr(fake, "default_options", GenerationOptions(height=64, width=80))
+    generate(*PROMPT, "--save-latents", "out.npz")
+    generate(*PROMPT, "--save-latents", "other.npz", "--width", "96")
+    sizes = [(call["options"].height, call["options"].width) for call in fake.calls]
+    assert sizes == [(64, 80), (64, 96)]
 
 
 def test_every_setting_reaches_the_pipeline(fake, folder):

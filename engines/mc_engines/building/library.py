@@ -33,7 +33,7 @@ _NO_TARGETS = ("NONE", "CURRENT")  # members of ComputeCapability that name no g
 
 @dataclass(frozen=True)
 class Library:
-    """An imported library.
+    """TensorRT or TensorRT-RTX, imported, and what this version of it can do.
 
     Attributes:
         backend: Which of both.
@@ -87,7 +87,7 @@ class Library:
 
 
 def open_library(backend: Backend) -> Library:
-    """Import a library.
+    """Import the binding of a backend, which must be installed.
 
     Args:
         backend: `tensorrt-rtx` or `tensorrt`.
