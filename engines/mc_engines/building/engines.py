@@ -19,7 +19,7 @@ from mc_engines.building.compile import (
     has_fused_attention,
 )
 from mc_engines.building.library import Library
-from mc_engines.building.store import EngineStore, Sidecar, hash_inputs
+from mc_engines.building.store import EngineStore, Sidecar, engine_file, hash_inputs
 from mc_engines.bundle import Bundle
 from mc_engines.errors import EngineError
 from mc_engines.specs import Precision
@@ -117,7 +117,8 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
     """
     form, library, request = job.precision, job.library, job.request
     inputs = hash_inputs(job.bundle, component, form, library, request)
-    found = job.store.find(component, form, inputs)
+    file = engine_file(library.backend, library.version, component, form, inputs)
+    found = job.store.find(file, inputs)
     if found is not None:
         return found
     graph, start = job.bundle.graph(component, form), time.monotonic()

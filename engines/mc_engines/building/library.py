@@ -60,11 +60,6 @@ class Library:
         """Whether a network can ask for attention by a kernel of its own, or fail."""
         return hasattr(self.module.INetworkDefinition, "add_attention")
 
-    @property
-    def has_timing_cache(self) -> bool:
-        """Whether a timing cache shortens a later build."""
-        return self.backend == "tensorrt"
-
     def create_network(self, builder: Any) -> Any:
         """Create an empty network whose types are those of its graph."""
         flags = self.module.NetworkDefinitionCreationFlag

@@ -6,7 +6,7 @@ JSON that says what it is. Neighbours: `provide_engine` fills the store; `add_fi
 no other folder is named.
 """
 
-__all__ = ["EngineStore", "Sidecar", "hash_inputs"]
+__all__ = ["EngineStore", "Sidecar", "engine_file", "hash_inputs"]
 
 import hashlib
 import json
@@ -26,6 +26,23 @@ SCHEMA = "motioncache.engine/v1"
 _FOLDER = "engines"
 _KEY_DIGITS = 16
 _SIDECAR = ".engine.json"
+
+
+def engine_file(backend: str, version: str, component: str, form: str, inputs: str) -> str:
+    """Say where an engine of these inputs lies, in a bundle or a folder of engines.
+
+    Args:
+        backend: That runs it.
+        version: Of the library.
+        component: Such as `block`.
+        form: Precision of its graph.
+        inputs: Of `hash_inputs`.
+
+    Returns:
+        A relative path.
+    """
+    name = f"{component}.{form}.{inputs[:_KEY_DIGITS]}.engine"
+    return f"{_FOLDER}/{backend}-{version}/{name}"
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,7 @@ class Sidecar:
     @property
     def file(self) -> str:
         """Path of the engine in a bundle or a folder of engines."""
-        name = f"{self.component}.{self.form}.{self.inputs[:_KEY_DIGITS]}.engine"
-        return f"{_FOLDER}/{self.backend}-{self.version}/{name}"
+        return engine_file(self.backend, self.version, self.component, self.form, self.inputs)
 
     def to_bytes(self) -> bytes:
         """The sidecar as it stands in its file."""
@@ -144,21 +160,27 @@ class EngineStore:
 
     def sidecars(self) -> list[Sidecar]:
         """Read the sidecars of all engines; raises EngineError for one that is damaged."""
-        if self.folder is None:
-            names = [f for f in read_manifest(self.root)[0].files if f.startswith(f"{_FOLDER}/")]
-            paths = [self.root / name for name in names if name.endswith(_SIDECAR)]
-        else:
-            paths = list((self.root / _FOLDER).glob(f"*/*{_SIDECAR}"))
-        return [Sidecar.from_bytes(str(path), path.read_bytes()) for path in sorted(paths)]
+        return [self._read(name) for name in sorted(self._names())]
 
-    def find(self, component: str, form: str, inputs: str) -> Sidecar | None:
-        """Return the engine that was made from these inputs and is whole, if there is one."""
-        for sidecar in self.sidecars():
-            same = (sidecar.component, sidecar.form, sidecar.inputs) == (component, form, inputs)
-            path = self.path(sidecar)
-            if same and path.is_file() and path.stat().st_size == sidecar.size:
-                return sidecar
-        return None
+    def _names(self) -> set[str]:
+        """Paths of the sidecars that are there; in a bundle, those that the manifest names."""
+        if self.folder is None:
+            files = read_manifest(self.root)[0].files
+            return {name for name in files if name.startswith(_FOLDER) and name.endswith(_SIDECAR)}
+        found = (self.root / _FOLDER).glob(f"*/*{_SIDECAR}")
+        return {path.relative_to(self.root).as_posix() for path in found}
+
+    def _read(self, name: str) -> Sidecar:
+        path = self.root / name
+        return Sidecar.from_bytes(str(path), path.read_bytes())
+
+    def find(self, file: str, inputs: str) -> Sidecar | None:
+        """Return the engine of that `engine_file` if it is there, of these inputs, and whole."""
+        if f"{file}.json" not in self._names():
+            return None
+        sidecar, path = self._read(f"{file}.json"), self.root / file
+        whole = path.is_file() and path.stat().st_size == sidecar.size
+        return sidecar if whole and sidecar.inputs == inputs else None
 
     def path(self, sidecar: Sidecar) -> Path:
         """Return where an engine lies."""
