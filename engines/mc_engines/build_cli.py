@@ -18,9 +18,15 @@ from rich.progress import Progress
 
 from mc_engines.building.bounds import VideoLimits, bound_symbols, bucket_symbols
 from mc_engines.building.compile import Request
-from mc_engines.building.engines import Job, check_attention, provide_engine
+from mc_engines.building.engines import (
+    REQUIRED,
+    Job,
+    Outcome,
+    check_attention,
+    provide_engine,
+)
 from mc_engines.building.library import BACKENDS, Backend, Library, open_library
-from mc_engines.building.store import EngineStore, Sidecar
+from mc_engines.building.store import EngineStore
 from mc_engines.bundle import Bundle
 from mc_engines.command import command
 from mc_engines.specs import PRECISIONS, Precision
@@ -96,7 +102,8 @@ def main(
     targets = _choose_targets(library, sm, dtype)
     profiles = _choose_profiles(opened, library, **sizes)
     request = Request(targets, profiles, None if workspace is None else workspace * _MEGABYTE)
-    job = Job(opened, library, dtype, request, EngineStore(opened, engines))
+    store = EngineStore(opened, engines)
+    job = Job(opened, library, dtype, request, store, component or REQUIRED)
     names = _choose_components(opened, dtype, component)
     fused = {name: check_attention(job, name, allow_unfused) for name in names}
     with _show_progress(quiet) as advance:
@@ -210,25 +217,30 @@ def _show_progress(quiet: bool) -> Generator[Callable[[str, str, int, int], None
         yield advance
 
 
-def _clean(job: Job, built: Sequence[Sidecar], quiet: bool) -> None:
+def _clean(job: Job, built: Sequence[Outcome], quiet: bool) -> None:
     """Remove the engines that these settings would not build."""
-    wanted = {sidecar.file for sidecar in built}
-    others = [sidecar for sidecar in job.store.sidecars() if sidecar.file not in wanted]
-    job.store.remove(others)
+    wanted = {each.sidecar.file for each in built if each.sidecar is not None}
+    others, damaged = job.store.clean(wanted)
+    for name in damaged:
+        click.echo(f"Removed {name}: damaged, or left by a command that was interrupted.", err=True)
     if not quiet:
         click.echo(f"Removed {len(others)} engines.", err=True)
 
 
-def _show(job: Job, built: Sequence[Sidecar]) -> None:
-    """Print what is there now, and that nothing of it has run."""
-    words = {True: "attention is one kernel", False: "attention is not one kernel", None: ""}
-    for each in built:
+def _show(job: Job, built: Sequence[Outcome]) -> None:
+    """Print what is there now, what is not and why, and that nothing of it has run."""
+    words = {True: "attention is one kernel", False: "attention may be in parts", None: ""}
+    engines = [each.sidecar for each in built if each.sidecar is not None]
+    for each in engines:
         size, spent = f"{each.size / 1e6:.2f} MB", f"{each.seconds:.2f} s"
         cells = f"{each.component:<20}{each.form:<6}{size:>10}{spent:>10}"
         click.echo(f"{cells}  {words[each.fused_attention]}".rstrip())
+    for outcome in built:
+        for target, reason in outcome.left_out.items():
+            click.echo(f"Left out: {outcome.component} for SM{target}: {reason}")
     click.echo(
-        f"{len(built)} engines of {job.library.backend} {job.library.version} for {job.targets} in "
-        f"{job.store.root}: compiled, not executed."
+        f"{len(engines)} engines of {job.library.backend} {job.library.version} for {job.targets} "
+        f"in {job.store.root}: compiled, not executed."
     )
 
 

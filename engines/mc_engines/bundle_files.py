@@ -1,6 +1,6 @@
 """Writing files so that a crash at any instant leaves either the old or the new state.
 
-Neighbours: `BundleWriter` and `add_files`, which are the only users.
+Neighbours: `BundleWriter`, `add_files` and `EngineStore`, which are the only users.
 """
 
 __all__ = [

@@ -3,6 +3,7 @@
     McError
     ├── BundleError      a bundle that is damaged, incomplete, of another version, or in the way
     ├── EngineError      an engine that cannot be loaded, or refuses its inputs, or gives NaN
+    ├── BuildError       a graph of which a library makes no engine for these GPUs
     ├── CheckpointError  a checkpoint with missing, unexpected or unusable tensors
     ├── ParityError      a graph that does not compute what the model computes
     └── MissingExtraError  an optional dependency that is not installed
@@ -11,6 +12,7 @@ Messages read `<subject>: expected <x>, got <y>. <what to do>.`
 """
 
 __all__ = [
+    "BuildError",
     "BundleError",
     "CheckpointError",
     "EngineError",
@@ -35,6 +37,10 @@ class BundleError(McError):
 
 class EngineError(McError):
     """An engine cannot be loaded, refuses its inputs, or computes NaN."""
+
+
+class BuildError(McError):
+    """A library makes no engine of a graph for these GPUs; others may do, and ONNX Runtime does."""
 
 
 class CheckpointError(McError):

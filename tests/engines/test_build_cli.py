@@ -10,6 +10,7 @@ import onnx.helper as make
 import pytest
 from click.testing import CliRunner
 
+from mc_engines import build_cli
 from mc_engines.build_cli import main
 from mc_engines.building import engines
 from mc_engines.building.bounds import VideoLimits, bound_symbols
@@ -19,18 +20,21 @@ from mc_engines.building.compile import (
     build_plan,
     has_fused_attention,
     make_log,
+    name_targets,
 )
 from mc_engines.building.library import open_library
 from mc_engines.building.network import find_silent_drops, parse_graph
 from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.bundle import Bundle
-from mc_engines.errors import EngineError
+from mc_engines.bundle_additions import add_files, remove_files
+from mc_engines.errors import BuildError, EngineError
 from mc_engines.specs import GraphSpec, TensorSpec
 from mc_engines.verify import find_faults
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra rtx)")
 
 SMALL = "--component", "combine", "--component", "embed"  # build in a tenth of a second
+HALF = "--dtype", "fp16", "--allow-unfused"  # heads of 8 channels are too narrow to fuse
 
 
 @pytest.fixture
@@ -109,6 +113,36 @@ def test_clean_keeps_what_was_asked_for(bundle: Path) -> None:
     assert find_faults(bundle) == []
 
 
+def test_clean_removes_what_is_damaged_and_says_so(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engines"
+    run(bundle, *SMALL, "--engines", folder)
+    combine, embed = EngineStore(Bundle.open(bundle), folder).sidecars()
+    damaged, half = (folder / f"{combine.file}.json"), folder / embed.file
+    damaged.write_bytes(b"{")
+    half.with_name(f".{half.name}.new").write_bytes(b"half")
+    alone = half.with_name("head.bf16.0.engine")
+    alone.write_bytes(b"no sidecar")
+    result = run(bundle, "--component", "embed", "--engines", folder, "--clean")
+    for name in (f"{combine.file}.json", alone.relative_to(folder).as_posix()):
+        assert f"Removed {name}: damaged, or left by a command that was inter" in result.stderr
+    left = sorted(path.name for path in half.parent.iterdir())
+    assert left == [half.name, f"{half.name}.json"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1, 2"])
+def test_a_damaged_sidecar_in_a_bundle_is_built_again(bundle: Path, content: bytes) -> None:
+    run(bundle, *SMALL)
+    opened = Bundle.open(bundle)
+    (file,) = (name for name in opened.manifest.files if "combine" in name and ".json" in name)
+    remove_files(bundle, [file])
+    add_files(bundle, {file: content})
+    with pytest.raises(EngineError, match="expected the sidecar of an engine"):
+        EngineStore(opened).sidecars()
+    run(bundle, "--component", "combine")
+    assert {each.component for each in EngineStore(opened).sidecars()} == {"combine", "embed"}
+    assert find_faults(bundle) == []
+
+
 def test_an_interrupt_leaves_whole_engines_and_a_valid_bundle(bundle: Path, monkeypatch) -> None:
     def interrupt(library, graph, path, request, advance):
         if "embed" in path.name:
@@ -171,7 +205,66 @@ def test_attention_that_is_not_one_kernel_is_refused_or_asked_for(bundle: Path, 
         "Use --dtype bf16 or fp16, or build it nevertheless with --allow-unfused.\n"
     )
     result = run(*arguments, "--allow-unfused", "--engines", tmp_path / "engines")
-    assert "attention is not one kernel" in result.stdout
+    assert "attention may be in parts" in result.stdout
+
+
+def test_what_cannot_be_built_for_a_target_is_left_out_of_it_and_listed(bundle, tmp_path) -> None:
+    """A layer of the text encoder has products of float32 matrices, which SM75 does not have."""
+    folder = tmp_path / "engines"
+    arguments = bundle, *HALF, "--sm", "75,86", "--engines", folder
+    result = run(*arguments)
+    sidecars = {
+        each.component: each for each in EngineStore(Bundle.open(bundle), folder).sidecars()
+    }
+    assert len(sidecars) == 13
+    assert sidecars["text_layer"].targets == (86,)
+    assert sidecars["block"].targets == (75, 86) and not sidecars["block"].left_out
+    (reason,) = sidecars["text_layer"].left_out.items()
+    assert reason[0] == "75" and "FP32 GEMM is not supported" in reason[1]
+    assert f"Left out: text_layer for SM75: {reason[1]}\n" in result.stdout
+    assert sidecars["vae_decoder_next"].fused_attention is False
+    assert "attention may be in parts" in result.stdout
+    files = read_files(folder)
+    assert run(*arguments).stdout.split("\n")[-3:] == result.stdout.split("\n")[-3:]
+    assert read_files(folder) == files
+
+
+def test_what_was_asked_for_by_name_is_not_left_out(bundle: Path) -> None:
+    arguments = bundle, *HALF, "--component", "text_layer"
+    result = run(*arguments, "--sm", "75,86", code=1)
+    assert result.stderr.startswith("text_layer.fp16.onnx: expected an engine for SM75, got: ")
+    assert result.stderr.endswith("Leave out the target or the dtype that it names.\n")
+    run(*arguments, "--sm", "86")
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ("combine", "combine.bf16.onnx: expected an engine for SM86, got none. Stop."),
+        ("motion", None),
+    ],
+)
+def test_a_required_component_fails_naming_the_target(bundle, monkeypatch, bad, expected) -> None:
+    def refuse(library, graph, path, request, advance):
+        if path.name.startswith(bad) and 86 in request.targets:
+            targets = name_targets(request.targets)
+            raise BuildError(f"{path.name}: expected an engine for {targets}, got none. Stop.")
+        return build_plan(library, graph, path, request, advance)
+
+    monkeypatch.setattr(engines, "build_plan", refuse)
+    monkeypatch.setattr(build_cli, "_choose_components", lambda *_: ["embed", bad])
+    result = run(bundle, "--sm", "80,86,89", code=0 if expected is None else 1)
+    assert result.stderr == ("" if expected is None else f"{expected}\n")
+    (*_, last) = EngineStore(Bundle.open(bundle)).sidecars()
+    targets = (80, 86, 89) if expected else (80, 89)
+    assert (last.component, last.targets) == ("embed" if expected else bad, targets)
+
+
+def test_what_cannot_be_built_for_any_target_has_no_engine(bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr(build_cli, "_choose_components", lambda *_: ["text_layer"])
+    result = run(bundle, *HALF, "--sm", "75")
+    assert result.stdout.startswith("Left out: text_layer for SM75: text_layer.fp16.onnx: expected")
+    assert "0 engines of tensorrt-rtx" in result.stdout and find_faults(bundle) == []
 
 
 @pytest.mark.parametrize(
@@ -243,7 +336,7 @@ def test_a_graph_that_cannot_be_parsed_names_the_operator(library, tmp_path: Pat
     onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "x.onnx")
     tensors = (TensorSpec("x", "float32", (4,)),), (TensorSpec("y", "float32", (4,)),)
     with pytest.raises(
-        EngineError, match=r"^x\.onnx: expected a graph that tensorrt-rtx .*NoSuchTh"
+        BuildError, match=r"^x\.onnx: expected a graph that tensorrt-rtx .*NoSuchTh"
     ):
         parse_graph(library, make_log(library), GraphSpec("x.onnx", *tensors), tmp_path / "x.onnx")
 
@@ -258,7 +351,7 @@ def test_a_damaged_sidecar_is_named(data: bytes) -> None:
 
 def test_a_sidecar_survives_its_file() -> None:
     profiles = ({"x": ((1,), (2,), (3,))},)
-    sidecar = Sidecar("x", "bf16", "b", "1", (86,), profiles, "0" * 64, True, 5, "f" * 64, 1.5)
+    sidecar = Sidecar("x", "bf16", "b", "1", (86,), {}, profiles, "0" * 64, True, 5, "f" * 64, 1.5)
     read = Sidecar.from_bytes("x", sidecar.to_bytes())
     assert read.file == "engines/b-1/x.bf16.0000000000000000.engine"
     assert json.loads(read.to_bytes()) == json.loads(sidecar.to_bytes())

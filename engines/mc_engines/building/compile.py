@@ -13,7 +13,7 @@ from typing import Any
 from mc_engines.building.bounds import Bounds, bound_tensor
 from mc_engines.building.library import Library
 from mc_engines.building.network import parse_graph
-from mc_engines.errors import EngineError
+from mc_engines.errors import BuildError, EngineError
 from mc_engines.specs import GraphSpec, Precision
 
 Advance = Callable[[str, int, int], None]
@@ -56,7 +56,8 @@ def build_plan(
         The serialized engine.
 
     Raises:
-        EngineError: The graph is refused, or cannot be built; the message says why.
+        EngineError: The graph is refused.
+        BuildError: It cannot be built for these targets; the message says why.
     """
     log = make_log(library)
     parsed = parse_graph(library, log, graph, path)
@@ -72,12 +73,16 @@ def build_plan(
     if monitor.stopped_by is not None:
         raise monitor.stopped_by
     if plan is None:
-        targets = ", ".join(f"SM{target}" for target in request.targets) or "the GPU here"
-        raise EngineError(
-            f"{path.name}: expected an engine for {targets}, got: {'; '.join(log.errors)}. "
-            "Leave out the target or the dtype that it names."
+        raise BuildError(
+            f"{path.name}: expected an engine for {name_targets(request.targets)}, got: "
+            f"{'; '.join(log.errors)}. Leave out the target or the dtype that it names."
         )
     return bytes(plan)
+
+
+def name_targets(targets: Sequence[int]) -> str:
+    """Name targets in words, as in a message."""
+    return ", ".join(f"SM{target}" for target in targets) or "the GPU here"
 
 
 def _add_profile(

@@ -1,14 +1,19 @@
 """The engines of a bundle: which attention they have, which are there, which must be built.
 
+Not every graph can be built for every GPU: a layer of the text encoder has products of float32
+matrices, which SM75 does not have. What a run cannot do without has to be built for every target;
+the rest is built for the targets that can, and the outcome says what was left out and why.
+
 Neighbours: `compile` builds one graph, `EngineStore` keeps what comes out; `mc-build` asks for each
 component.
 """
 
-__all__ = ["Job", "check_attention", "find_attention", "provide_engine"]
+__all__ = ["REQUIRED", "Job", "Outcome", "check_attention", "find_attention", "provide_engine"]
 
 import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from mc_engines.building.bounds import bound_tensor
 from mc_engines.building.compile import (
@@ -17,12 +22,17 @@ from mc_engines.building.compile import (
     Request,
     build_plan,
     has_fused_attention,
+    name_targets,
 )
 from mc_engines.building.library import Library
+from mc_engines.building.network import has_softmax
 from mc_engines.building.store import EngineStore, Sidecar, engine_file, hash_inputs
 from mc_engines.bundle import Bundle
-from mc_engines.errors import EngineError
+from mc_engines.errors import BuildError, EngineError
 from mc_engines.specs import Precision
+
+# What runs in every pass, and what makes the keys of the text: there is no run on a GPU without it.
+REQUIRED = ("block", "context", "embed", "head", "combine")
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Job:
         precision: Of the graphs.
         request: Targets, sizes and limits.
         store: Keeps the engines.
+        required: Components that must be built for every target.
     """
 
     bundle: Bundle
@@ -42,16 +53,31 @@ class Job:
     precision: Precision
     request: Request
     store: EngineStore
+    required: Collection[str] = REQUIRED
 
     @property
     def targets(self) -> str:
         """The targets in words."""
-        named = ", ".join(f"SM{target}" for target in self.request.targets)
-        return named or "the GPU here"
+        return name_targets(self.request.targets)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a component.
+
+    Attributes:
+        component: Such as `block`.
+        sidecar: Of its engine; None where it cannot be built for any target.
+        left_out: By target that the engine is not for, why.
+    """
+
+    component: str
+    sidecar: Sidecar | None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def find_attention(bundle: Bundle, component: str) -> Attention | None:
-    """Find what decides whether a component's attention is one kernel.
+    """Find what decides whether a component's attention is one kernel, where it has to be.
 
     Args:
         bundle: Of the component.
@@ -72,7 +98,7 @@ def find_attention(bundle: Bundle, component: str) -> Attention | None:
 
 
 def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | None:
-    """Refuse a component whose attention is not one kernel on every target.
+    """Refuse a block or a layer of the text encoder whose attention is not one kernel everywhere.
 
     Args:
         job: What is built.
@@ -80,26 +106,35 @@ def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | Non
         allow_unfused: Do not refuse it.
 
     Returns:
-        Whether it is one kernel; None where there is no attention, or where that cannot be told.
+        Whether it is one kernel, False also where it need not be; None where there is no
+        attention, or where that cannot be told.
 
     Raises:
         EngineError: It is not one kernel.
     """
     attention = find_attention(job.bundle, component)
-    if attention is None or not job.library.can_check_attention:
+    if attention is None:
+        return False if has_softmax(job.bundle.graph_path(component, job.precision)) else None
+    if not job.library.can_check_attention:
         return None
-    if has_fused_attention(job.library, attention, job.precision, job.request.targets):
+
+    def is_fused(targets: tuple[int, ...]) -> bool:
+        return has_fused_attention(job.library, attention, job.precision, targets)
+
+    targets = job.request.targets
+    if is_fused(targets):
         return True
     if not allow_unfused:
+        without = tuple(target for target in targets if not is_fused((target,))) or targets
         raise EngineError(
             f"{component}: expected attention of {attention.heads} heads of {attention.head_dim} "
-            f"to be one kernel in {job.precision} on {job.targets}, got none. "
+            f"to be one kernel in {job.precision} on {name_targets(without)}, got none. "
             "Use --dtype bf16 or fp16, or build it nevertheless with --allow-unfused."
         )
     return False
 
 
-def provide_engine(job: Job, component: str, fused: bool | None, advance: Advance) -> Sidecar:
+def provide_engine(job: Job, component: str, fused: bool | None, advance: Advance) -> Outcome:
     """Build an engine and keep it, unless one of the same inputs is there.
 
     Args:
@@ -109,10 +144,11 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
         advance: As for `build_plan`.
 
     Returns:
-        The sidecar of the engine.
+        The sidecar of the engine, and for which targets there is none.
 
     Raises:
-        EngineError: The graph is refused, or cannot be built.
+        EngineError: The graph is refused.
+        BuildError: It is required, and cannot be built for one of the targets.
         BundleError: The engine cannot be kept in the bundle.
     """
     form, library, request = job.precision, job.library, job.request
@@ -120,16 +156,20 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
     file = engine_file(library.backend, library.version, component, form, inputs)
     found = job.store.find(file, inputs)
     if found is not None:
-        return found
-    graph, start = job.bundle.graph(component, form), time.monotonic()
-    plan = build_plan(library, graph, job.bundle.graph_path(component, form), request, advance)
+        return Outcome(component, found, found.left_out)
+    start = time.monotonic()
+    plan, left_out = _build_where_possible(job, component, advance)
+    if plan is None:
+        return Outcome(component, None, left_out)
+    graph = job.bundle.graph(component, form)
     specs = (*graph.inputs, *graph.weights)
     sidecar = Sidecar(
         component=component,
         form=form,
         backend=library.backend,
         version=library.version,
-        targets=request.targets,
+        targets=tuple(target for target in request.targets if str(target) not in left_out),
+        left_out=left_out,
         profiles=tuple(
             {spec.name: bound_tensor(spec, symbols) for spec in specs}
             for symbols in request.profiles
@@ -141,4 +181,34 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
         seconds=round(time.monotonic() - start, 2),
     )
     job.store.add(sidecar, plan)
-    return sidecar
+    return Outcome(component, sidecar, left_out)
+
+
+def _build_where_possible(
+    job: Job, component: str, advance: Advance
+) -> tuple[bytes | None, dict[str, str]]:
+    """Build for all targets, or for each that can be built for; say why for the others."""
+    graph = job.bundle.graph(component, job.precision)
+    path = job.bundle.graph_path(component, job.precision)
+
+    def build(targets: tuple[int, ...]) -> bytes:
+        request = replace(job.request, targets=targets)
+        return build_plan(job.library, graph, path, request, advance)
+
+    targets, left_out, plan = job.request.targets, {}, None
+    try:
+        return build(targets), {}
+    except BuildError as error:
+        if len(targets) < 2:
+            if component in job.required:
+                raise
+            return None, {"".join(map(str, targets)): str(error)}
+    for target in targets:
+        try:
+            plan = build((target,))
+        except BuildError as error:
+            if component in job.required:
+                raise
+            left_out[str(target)] = str(error)
+    working = tuple(target for target in targets if str(target) not in left_out)
+    return (build(working) if len(working) > 1 else plan), left_out

@@ -13,6 +13,14 @@ Differences, and where they are documented:
     timing cache       does nothing in RTX, whose engines are finished on the user's GPU
                        (TensorRT-RTX documentation, "Porting from TensorRT")
     attention          add_attention: TensorRT 10.14 and later, RTX 1.2 and later (release notes)
+    recording          REQUIRE_USER_ALLOCATION and is_stream_capturable: RTX alone, where work can
+                       be recorded as a CUDA graph if the engine allocates nothing as it runs (RTX
+                       release notes 1.2); TensorRT records what has run once in the same shapes
+                       (TensorRT documentation, "CUDA graphs")
+    runtime cache      create_runtime_cache: RTX alone; what it compiled on the user's GPU
+    kernels            dynamic_shapes_kernel_specialization_strategy: RTX alone. EAGER compiles for
+                       a shape when it is first seen; LAZY, the default, runs general kernels at
+                       first, which a recorded graph would keep for good
 """
 
 __all__ = ["BACKENDS", "Backend", "Library", "open_library"]
@@ -76,9 +84,57 @@ class Library:
                 getattr(self.module.ComputeCapability, f"SM{target}"), place
             )
 
+    def require_user_allocation(self, config: Any) -> None:
+        """Let engines allocate nothing as they run, where that can be asked for."""
+        flag = getattr(self.module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if flag is not None:
+            config.set_flag(flag)
+
     def set_workspace(self, config: Any, size: int) -> None:
         """Limit the scratch memory of a build and of its engine, in bytes."""
         config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, size)
+
+    def load_engine(self, plan: bytes, log: Any) -> tuple[Any, Any]:
+        """Return a runtime, which must outlive the engine, and the engine; None where it fails."""
+        runtime = self.module.Runtime(log)
+        return runtime, runtime.deserialize_cuda_engine(plan)
+
+    def create_runtime_config(self, engine: Any, cache: bytes | None) -> Any:
+        """Return how contexts of an engine are opened; None for a library that has no such thing.
+
+        Args:
+            engine: Of `load_engine`.
+            cache: Of `read_runtime_cache`, from an earlier run; what does not fit is ignored.
+        """
+        strategies = getattr(self.module, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return None
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        compiled = config.create_runtime_cache()
+        if cache:
+            compiled.deserialize(cache)
+        config.set_runtime_cache(compiled)
+        return config
+
+    def open_context(self, engine: Any, config: Any) -> Any:
+        """Return a context without memory of its own; None where it fails."""
+        if config is not None:
+            return engine.create_execution_context(config)
+        strategy = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        return engine.create_execution_context(strategy)
+
+    def can_be_captured(self, context: Any, stream: int) -> bool:
+        """Whether a context's work can be recorded, after it has run once in the same shapes."""
+        ask = getattr(context, "is_stream_capturable", None)
+        return True if ask is None else bool(ask(stream))
+
+    def read_runtime_cache(self, config: Any) -> bytes | None:
+        """Return what was compiled for this GPU so far; None for a library that keeps nothing."""
+        return None if config is None else bytes(config.get_runtime_cache().serialize())
 
 
 def open_library(backend: Backend) -> Library:

@@ -3,7 +3,7 @@
 Neighbours: `library` has the parser, `compile` builds what comes out.
 """
 
-__all__ = ["Parsed", "find_silent_drops", "parse_graph"]
+__all__ = ["Parsed", "find_silent_drops", "has_softmax", "parse_graph"]
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_engines.building.library import Library
-from mc_engines.errors import EngineError, require
+from mc_engines.errors import BuildError, EngineError, require
 from mc_engines.specs import GraphSpec, TensorSpec
 
 # Operators whose inputs or attributes the parser takes and forgets, without an error: found by
@@ -56,6 +56,7 @@ def parse_graph(library: Library, log: Any, graph: GraphSpec, path: Path) -> Par
     Raises:
         EngineError: The graph has something that would be dropped or cannot be built, or is not
             the one of the specs.
+        BuildError: The library cannot parse it.
     """
     drops = find_silent_drops(path)
     if drops:
@@ -69,7 +70,7 @@ def parse_graph(library: Library, log: Any, graph: GraphSpec, path: Path) -> Par
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(number) for number in range(parser.num_errors)]
         reasons = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors)
-        raise EngineError(
+        raise BuildError(
             f"{path.name}: expected a graph that {library.backend} {library.version} can parse, "
             f"got: {reasons}. Use another version, or run it with ONNX Runtime."
         )
@@ -101,6 +102,22 @@ def find_silent_drops(path: Path) -> list[str]:
         if node.op_type in _NEED_A_PLUGIN:
             faults.append(f"{node.op_type}, which needs a plugin")
     return faults
+
+
+def has_softmax(path: Path) -> bool:
+    """Say whether an ONNX file has a Softmax, which in these models means attention.
+
+    Args:
+        path: The file; its weights are not read.
+
+    Returns:
+        Whether it has.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+    """
+    nodes = require("onnx", "rtx").load(path, load_external_data=False).graph.node
+    return any(node.op_type == "Softmax" for node in nodes)
 
 
 def _check_tensors(library: Library, path: Path, network: Any, graph: GraphSpec) -> None:

@@ -10,6 +10,8 @@ __all__ = ["EngineStore", "Sidecar", "engine_file", "hash_inputs"]
 
 import hashlib
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from mc_engines.building.compile import Request
 from mc_engines.building.library import Library
 from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
-from mc_engines.bundle_files import replace_file
-from mc_engines.errors import EngineError
+from mc_engines.bundle_files import lock_folder, replace_file
+from mc_engines.errors import BundleError, EngineError
 from mc_engines.manifest import read_manifest
 
 SCHEMA = "motioncache.engine/v1"
@@ -54,11 +56,12 @@ class Sidecar:
         form: Precision of its graph.
         backend: That runs it.
         version: Of the library, which has to be this one.
-        targets: Compute capabilities, as 86 for 8.6.
+        targets: Compute capabilities that it is for, as 86 for 8.6.
+        left_out: By compute capability that was asked for as well, why it is not for that.
         profiles: By input, the smallest, usual and largest shape; one mapping per profile.
         inputs: Hash of everything it was made from.
-        fused_attention: Whether its attention is one kernel on all targets; None where it has
-            none, or where that cannot be told.
+        fused_attention: Whether its attention is one kernel on all targets, False also where it
+            need not be; None where it has none, or where that cannot be told.
         size: Bytes.
         sha256: Of the engine.
         seconds: That the build took.
@@ -69,6 +72,7 @@ class Sidecar:
     backend: str
     version: str
     targets: tuple[int, ...]
+    left_out: dict[str, str]
     profiles: tuple[dict[str, Any], ...]
     inputs: str
     fused_attention: bool | None
@@ -178,39 +182,105 @@ class EngineStore:
         """Return the engine of that `engine_file` if it is there, of these inputs, and whole."""
         if f"{file}.json" not in self._names():
             return None
-        sidecar, path = self._read(f"{file}.json"), self.root / file
-        whole = path.is_file() and path.stat().st_size == sidecar.size
-        return sidecar if whole and sidecar.inputs == inputs else None
+        try:
+            sidecar = self._read(f"{file}.json")
+        except EngineError:
+            return None  # it is built again, and replaced
+        return sidecar if sidecar.inputs == inputs and self.is_whole(sidecar) else None
 
     def path(self, sidecar: Sidecar) -> Path:
         """Return where an engine lies."""
         return self.root / sidecar.file
 
+    def is_whole(self, sidecar: Sidecar) -> bool:
+        """Say whether an engine has the size that it was written with."""
+        path = self.path(sidecar)
+        return path.is_file() and path.stat().st_size == sidecar.size
+
     def add(self, sidecar: Sidecar, plan: bytes) -> None:
         """Keep an engine; a crash leaves it out, or in, with its sidecar.
 
+        Where another command has kept one of the same inputs meanwhile, that one stays.
+
         Raises:
-            BundleError: The bundle cannot be added to.
+            BundleError: The bundle cannot be added to, or another command writes all the time.
             OSError: The folder cannot be written.
         """
-        sidecar_file = f"{sidecar.file}.json"
+        files = {sidecar.file: plan, f"{sidecar.file}.json": sidecar.to_bytes()}
         if self.folder is None:
-            add_files(self.root, {sidecar.file: plan, sidecar_file: sidecar.to_bytes()})
+            self._add_to_bundle(sidecar, files)
             return
         self.path(sidecar).parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path(sidecar), plan)
-        replace_file(self.root / sidecar_file, sidecar.to_bytes())
+        with self._locked():
+            if self.find(sidecar.file, sidecar.inputs) is None:
+                for name, data in files.items():
+                    replace_file(self.root / name, data)
 
-    def remove(self, sidecars: list[Sidecar]) -> None:
-        """Remove engines and their sidecars.
+    def _add_to_bundle(self, sidecar: Sidecar, files: dict[str, bytes]) -> None:
+        if f"{sidecar.file}.json" in self._names():
+            if self.find(sidecar.file, sidecar.inputs) is not None:
+                return
+            remove_files(self.root, files)  # what is there is damaged
+        try:
+            add_files(self.root, files)
+        except BundleError:
+            if self.find(sidecar.file, sidecar.inputs) is None:
+                raise
+
+    def clean(self, wanted: set[str]) -> tuple[list[str], list[str]]:
+        """Remove all engines but those wanted, and what is left of damaged ones.
+
+        Args:
+            wanted: Paths of engines, as `Sidecar.file` has them.
+
+        Returns:
+            The paths of the engines that were removed, and those of damaged sidecars, of engines
+            without a sidecar and of files that an interrupted command left.
 
         Raises:
             BundleError: The bundle is damaged or being written by another command.
             OSError: A file cannot be removed.
         """
-        files = [name for each in sidecars for name in (f"{each.file}.json", each.file)]
+        others, damaged = [], []
+        for name in sorted(self._names()):
+            try:
+                file = self._read(name).file
+            except EngineError:
+                damaged.append(name)
+            else:
+                others += [file] if file not in wanted else []
+        gone = [file + end for file in others for end in ("", ".json")]
+        gone += [name.removesuffix(".json") for name in damaged] + damaged
         if self.folder is None:
-            remove_files(self.root, files)
-            return
-        for file in files:
-            (self.root / file).unlink(missing_ok=True)
+            remove_files(self.root, gone)
+        else:
+            with self._locked():
+                for name in gone:
+                    (self.root / name).unlink(missing_ok=True)
+        return others, damaged + self._remove_strays()
+
+    def _remove_strays(self) -> list[str]:
+        """Remove what a killed command left: engines without a sidecar, files half written."""
+        if not (self.root / _FOLDER).is_dir():
+            return []
+        with self._locked():
+            known = self._names()
+            known |= {name.removesuffix(".json") for name in known}
+            strays = [
+                path
+                for ending in ("*.engine", f"*{_SIDECAR}", ".*.new")
+                for path in sorted((self.root / _FOLDER).glob(f"*/{ending}"))
+                if path.relative_to(self.root).as_posix() not in known
+            ]
+            for path in strays:
+                path.unlink()
+        return [path.relative_to(self.root).as_posix() for path in strays]
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        """Be the only one who changes engines: in the bundle, or in the folder."""
+        lock = lock_folder(self.root if self.folder is None else self.root / _FOLDER)
+        try:
+            yield
+        finally:
+            lock.release()
