@@ -4,7 +4,7 @@ The shapes are those of the bundle's specs; nothing is written twice. Neighbours
 optimization profiles of the bounds.
 """
 
-__all__ = ["Bounds", "VideoLimits", "bound_symbols", "bound_tensor", "bucket_symbols"]
+__all__ = ["Bounds", "Shape", "VideoLimits", "bound_symbols", "bound_tensor", "bucket_symbols"]
 
 import math
 from collections.abc import Mapping

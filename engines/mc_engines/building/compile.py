@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_engines.building.bounds import Bounds, bound_tensor
+from mc_engines.building.bounds import Bounds, Shape, bound_tensor
 from mc_engines.building.library import Library
 from mc_engines.building.network import parse_graph
 from mc_engines.errors import BuildError, EngineError
@@ -33,6 +33,16 @@ class Request:
     targets: tuple[int, ...]
     profiles: Sequence[Mapping[str, Bounds]]
     workspace: int | None = None
+
+    def bound(self, graph: GraphSpec) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
+        """Bound the inputs of a graph, once per profile; profiles that do not differ are one."""
+        bounds: list[dict[str, tuple[Shape, Shape, Shape]]] = []
+        for symbols in self.profiles:
+            shapes = {
+                spec.name: bound_tensor(spec, symbols) for spec in (*graph.inputs, *graph.weights)
+            }
+            bounds += [shapes] if shapes not in bounds else []
+        return bounds
 
 
 def build_plan(
@@ -65,8 +75,8 @@ def build_plan(
     library.set_targets(config, request.targets)
     if request.workspace is not None:
         library.set_workspace(config, request.workspace)
-    for symbols in request.profiles:
-        _add_profile(parsed.builder, config, graph, symbols)
+    for shapes in request.bound(graph):
+        _add_profile(parsed.builder, config, graph, shapes)
     monitor = make_monitor(library, advance)
     config.progress_monitor = monitor
     plan = parsed.builder.build_serialized_network(parsed.network, config)
@@ -86,14 +96,14 @@ def name_targets(targets: Sequence[int]) -> str:
 
 
 def _add_profile(
-    builder: Any, config: Any, graph: GraphSpec, symbols: Mapping[str, Bounds]
+    builder: Any, config: Any, graph: GraphSpec, shapes: Mapping[str, Sequence[Shape]]
 ) -> None:
     profile = builder.create_optimization_profile()
-    for spec in (*graph.inputs, *graph.weights):
-        profile.set_shape(spec.name, *bound_tensor(spec, symbols))
+    for name, bounds in shapes.items():
+        profile.set_shape(name, *bounds)
     if config.add_optimization_profile(profile) < 0:  # says nothing else where a bound is wrong
         raise EngineError(
-            f"{graph.file}: expected bounds from smallest to largest, got {dict(symbols)}. "
+            f"{graph.file}: expected bounds from smallest to largest, got {dict(shapes)}. "
             "Give other sizes."
         )
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from mc_engines.building.bounds import bound_tensor
 from mc_engines.building.compile import (
     Advance,
     Attention,
@@ -162,7 +161,6 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
     if plan is None:
         return Outcome(component, None, left_out)
     graph = job.bundle.graph(component, form)
-    specs = (*graph.inputs, *graph.weights)
     sidecar = Sidecar(
         component=component,
         form=form,
@@ -170,10 +168,7 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
         version=library.version,
         targets=tuple(target for target in request.targets if str(target) not in left_out),
         left_out=left_out,
-        profiles=tuple(
-            {spec.name: bound_tensor(spec, symbols) for spec in specs}
-            for symbols in request.profiles
-        ),
+        profiles=tuple(request.bound(graph)),
         inputs=inputs,
         fused_attention=fused,
         size=len(plan),
