@@ -77,6 +77,11 @@ _MEGABYTE = 2**20
 )
 @click.option("--workspace", type=click.IntRange(min=1), help="Megabytes of scratch memory.")
 @click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of measured times, read and extended; tensorrt alone.",
+)
+@click.option(
     "--engines",
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep them here, not in BUNDLE.",
@@ -90,6 +95,7 @@ def main(
     component: tuple[str, ...],
     dtype: Precision,
     workspace: int | None,
+    timing_cache: Path | None,
     engines: Path | None,
     allow_unfused: bool,
     clean: bool,
@@ -101,7 +107,9 @@ def main(
     library = open_library(backend)
     targets = _choose_targets(library, sm, dtype)
     profiles = _choose_profiles(opened, library, **sizes)
-    request = Request(targets, profiles, None if workspace is None else workspace * _MEGABYTE)
+    _check_timing_cache(library, timing_cache)
+    scratch = None if workspace is None else workspace * _MEGABYTE
+    request = Request(targets, profiles, scratch, timing_cache)
     store = EngineStore(opened, engines)
     job = Job(opened, library, dtype, request, store, component or REQUIRED)
     names = _choose_components(opened, dtype, component)
@@ -175,6 +183,14 @@ def _choose_profiles(
         return [symbols]
     shares = config["transformer"]["token_buckets"] if buckets is None else _parse_buckets(buckets)
     return [bucket_symbols(symbols, share) for share in sorted(shares, reverse=True)]
+
+
+def _check_timing_cache(library: Library, timing_cache: Path | None) -> None:
+    if timing_cache is not None and library.targets:
+        raise ValueError(
+            f"timing_cache: expected none, for {library.backend} times nothing ahead of time: its "
+            f"engines are finished on the user's GPU, got {timing_cache}. Leave it out."
+        )
 
 
 def _parse_buckets(text: str) -> list[float]:

@@ -187,6 +187,11 @@ def test_progress_can_cancel_a_build(library, tiny_bundle: Path) -> None:
             "GPU, got 1,.5. Leave it out.",
         ),
         (
+            ("--timing-cache", "times"),
+            "timing_cache: expected none, for tensorrt-rtx times nothing ahead of time: its "
+            "engines are finished on the user's GPU, got times. Leave it out.",
+        ),
+        (
             ("--component", "timestep"),
             "component: expected one that runs on a GPU, got timestep, which runs once per run on "
             "the host. Leave it out.",

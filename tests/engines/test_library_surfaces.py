@@ -78,6 +78,24 @@ class BuilderConfig:
         self._profiles.append(profile)
         return len(self._profiles) - 1
 
+    def create_timing_cache(self, data):
+        cache = self._library.ITimingCache()
+        cache._data = data
+        return None if data == b"damaged" else cache
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        self._cache = cache
+        return not cache._data.startswith(b"other GPU")
+
+    def get_timing_cache(self):
+        self._cache._data += b"."
+        return self._cache
+
+
+class TimingCache:
+    def serialize(self):
+        return memoryview(self._data)
+
 
 class OptimizationProfile:
     def __init__(self):
@@ -170,6 +188,7 @@ BUILDING = {
     "INetworkDefinition": Network,
     "IOptimizationProfile": OptimizationProfile,
     "ITensor": Tensor,
+    "ITimingCache": TimingCache,
     "OnnxParser": OnnxParser,
 }
 
@@ -209,6 +228,32 @@ def test_every_version_builds_every_graph_with_calls_that_it_has(
     assert library.count("INetworkDefinition.add_attention") == 2 * checks
     flags = {call[1] for call in library.calls if call[0] == "Builder.create_network"}
     assert flags == {1 << library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED}
+
+
+@pytest.mark.parametrize("version", [each for each in BY_VERSION if "rtx" not in each])
+def test_measured_times_are_kept_and_used_again(version, bundle, tmp_path, monkeypatch) -> None:
+    arguments = (
+        "--component",
+        "embed",
+        "--component",
+        "text_norm",
+        "--timing-cache",
+        tmp_path / "times",
+    )
+    build(monkeypatch, BY_VERSION[version], bundle, *arguments)
+    assert (tmp_path / "times").read_bytes() == b".."
+    library = build(monkeypatch, BY_VERSION[version], bundle, *arguments, "--height", 256)
+    assert (tmp_path / "times").read_bytes() == b"..."  # text has the same size in any video
+    assert ("IBuilderConfig.create_timing_cache", b"..") in library.calls
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["times", "tiny.bundle"]
+
+
+@pytest.mark.parametrize("content", [b"damaged", b"other GPU"])
+def test_times_of_another_gpu_are_refused(content, bundle, tmp_path, monkeypatch) -> None:
+    (tmp_path / "times").write_bytes(content)
+    with pytest.raises(SystemExit):
+        build(monkeypatch, SURFACES[0], bundle, "--timing-cache", tmp_path / "times")
+    assert (tmp_path / "times").read_bytes() == content
 
 
 def test_the_record_of_rtx_is_what_the_installed_binding_has() -> None:

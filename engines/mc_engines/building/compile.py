@@ -28,11 +28,13 @@ class Request:
         targets: Compute capabilities, as 86 for 8.6; empty for the GPU that is there.
         profiles: Bounds by symbol, one mapping per optimization profile.
         workspace: Bytes of scratch memory; None for the library's own limit.
+        timing_cache: File of measured times, read and extended; not part of what an engine is.
     """
 
     targets: tuple[int, ...]
     profiles: Sequence[Mapping[str, Bounds]]
     workspace: int | None = None
+    timing_cache: Path | None = None
 
     def bound(self, graph: GraphSpec) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
         """Bound the inputs of a graph, once per profile; profiles that do not differ are one."""
@@ -75,6 +77,8 @@ def build_plan(
     library.set_targets(config, request.targets)
     if request.workspace is not None:
         library.set_workspace(config, request.workspace)
+    if request.timing_cache is not None:
+        library.load_timing_cache(config, request.timing_cache)
     for shapes in request.bound(graph):
         _add_profile(parsed.builder, config, graph, shapes)
     monitor = make_monitor(library, advance)
@@ -87,6 +91,8 @@ def build_plan(
             f"{path.name}: expected an engine for {name_targets(request.targets)}, got: "
             f"{'; '.join(log.errors)}. Leave out the target or the dtype that it names."
         )
+    if request.timing_cache is not None:
+        library.save_timing_cache(config, request.timing_cache)
     return bytes(plan)
 
 

@@ -10,7 +10,7 @@ Differences, and where they are documented:
                        has the flag (NVIDIA/TensorRT release notes 11.0)
     targets            ComputeCapability and set_compute_capability: RTX alone; TensorRT builds for
                        the GPU that is there (TensorRT-RTX documentation, "Specifying GPU targets")
-    timing cache       does nothing in RTX, whose engines are finished on the user's GPU
+    timing cache       does nothing in RTX, whose engines are finished on the user's GPU: not used
                        (TensorRT-RTX documentation, "Porting from TensorRT")
     attention          add_attention: TensorRT 10.14 and later, RTX 1.2 and later (release notes)
     recording          REQUIRE_USER_ALLOCATION and is_stream_capturable: RTX alone, where work can
@@ -25,10 +25,12 @@ Differences, and where they are documented:
 
 __all__ = ["BACKENDS", "Backend", "Library", "open_library"]
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mc_engines.errors import require
+from mc_engines.errors import EngineError, require
 
 Backend = Literal["tensorrt-rtx", "tensorrt"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -135,6 +137,34 @@ class Library:
     def read_runtime_cache(self, config: Any) -> bytes | None:
         """Return what was compiled for this GPU so far; None for a library that keeps nothing."""
         return None if config is None else bytes(config.get_runtime_cache().serialize())
+
+    def load_timing_cache(self, config: Any, path: Path) -> None:
+        """Let a build reuse the times of earlier ones; without the file it starts with none.
+
+        Args:
+            config: Of the builder.
+            path: Of the times, which hold for this library and GPU.
+
+        Raises:
+            EngineError: The file has none, or of another library or GPU.
+            OSError: It cannot be read.
+        """
+        cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise EngineError(
+                f"{path}: expected a timing cache of {self.backend} {self.version} on this GPU, "
+                "got another. Name another file."
+            )
+
+    def save_timing_cache(self, config: Any, path: Path) -> None:
+        """Write the times of a build and of those before it.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+        temporary.replace(path)
 
 
 def open_library(backend: Backend) -> Library:

@@ -136,10 +136,7 @@ def hash_inputs(
         "weights": None if data is None else data.sha256,
         "library": [library.backend, library.version],
         "targets": request.targets,
-        "profiles": [
-            {symbol: asdict(bounds) for symbol, bounds in profile.items()}
-            for profile in request.profiles
-        ],
+        "profiles": request.bound(graph),
         "workspace": request.workspace,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
