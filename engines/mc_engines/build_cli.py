@@ -26,6 +26,7 @@ from mc_engines.building.engines import (
     provide_engine,
 )
 from mc_engines.building.library import BACKENDS, Backend, Library, open_library
+from mc_engines.building.partition import divide
 from mc_engines.building.store import EngineStore
 from mc_engines.bundle import Bundle
 from mc_engines.command import command
@@ -75,6 +76,13 @@ _MEGABYTE = 2**20
     metavar="X,X",
     help="Shares of a chunk's tokens with a profile each; tensorrt alone.",
 )
+@click.option(
+    "--partition",
+    metavar="shared|baked:N",
+    default="shared",
+    show_default=True,
+    help="One engine for all blocks, or one per N blocks with their weights inside.",
+)
 @click.option("--workspace", type=click.IntRange(min=1), help="Megabytes of scratch memory.")
 @click.option(
     "--timing-cache",
@@ -96,6 +104,7 @@ def main(
     dtype: Precision,
     workspace: int | None,
     timing_cache: Path | None,
+    partition: str,
     engines: Path | None,
     allow_unfused: bool,
     clean: bool,
@@ -113,9 +122,13 @@ def main(
     store = EngineStore(opened, engines)
     job = Job(opened, library, dtype, request, store, component or REQUIRED)
     names = _choose_components(opened, dtype, component)
+    parts = divide(opened, names, _parse_partition(partition))
     fused = {name: check_attention(job, name, allow_unfused) for name in names}
     with _show_progress(quiet) as advance:
-        built = [provide_engine(job, name, fused[name], partial(advance, name)) for name in names]
+        built = [
+            provide_engine(job, part, fused[part.component], partial(advance, part.name))
+            for part in parts
+        ]
     if clean:
         _clean(job, built, quiet)
     if not quiet:
@@ -205,6 +218,18 @@ def _parse_buckets(text: str) -> list[float]:
     return shares
 
 
+def _parse_partition(text: str) -> int | None:
+    """Layers of a group; None where all share one engine."""
+    kind, _, size = text.partition(":")
+    if text == "shared":
+        return None
+    if kind != "baked" or not size.isdecimal():
+        raise ValueError(
+            f"partition: expected shared or baked:N, got {text}. Write it like baked:5."
+        )
+    return int(size)
+
+
 def _choose_components(bundle: Bundle, dtype: Precision, wanted: Sequence[str]) -> list[str]:
     components = bundle.manifest.components
     for name in wanted:
@@ -249,11 +274,11 @@ def _show(job: Job, built: Sequence[Outcome]) -> None:
     engines = [each.sidecar for each in built if each.sidecar is not None]
     for each in engines:
         size, spent = f"{each.size / 1e6:.2f} MB", f"{each.seconds:.2f} s"
-        cells = f"{each.component:<20}{each.form:<6}{size:>10}{spent:>10}"
+        cells = f"{each.part.name:<20}{each.form:<6}{size:>10}{spent:>10}"
         click.echo(f"{cells}  {words[each.fused_attention]}".rstrip())
     for outcome in built:
         for target, reason in outcome.left_out.items():
-            click.echo(f"Left out: {outcome.component} for SM{target}: {reason}")
+            click.echo(f"Left out: {outcome.part.name} for SM{target}: {reason}")
     click.echo(
         f"{len(engines)} engines of {job.library.backend} {job.library.version} for {job.targets} "
         f"in {job.store.root}: compiled, not executed."

@@ -192,6 +192,14 @@ def test_progress_can_cancel_a_build(library, tiny_bundle: Path) -> None:
             "engines are finished on the user's GPU, got times. Leave it out.",
         ),
         (
+            ("--partition", "baked"),
+            "partition: expected shared or baked:N, got baked. Write it like baked:5.",
+        ),
+        (
+            ("--partition", "baked:3"),
+            "partition: expected groups of 1 to 2 layers, got 3. Give another number.",
+        ),
+        (
             ("--component", "timestep"),
             "component: expected one that runs on a GPU, got timestep, which runs once per run on "
             "the host. Leave it out.",
@@ -201,6 +209,26 @@ def test_progress_can_cancel_a_build(library, tiny_bundle: Path) -> None:
 def test_wrong_usage_says_what_to_do(bundle: Path, arguments, message) -> None:
     assert run(bundle, *arguments, code=2).stderr == f"{message}\n"
     assert "engines" not in {path.name for path in bundle.iterdir()}
+
+
+def test_groups_of_layers_have_their_weights_inside(bundle: Path) -> None:
+    arguments = bundle, "--component", "block", "--sm", "86"
+    run(*arguments)
+    result = run(*arguments, "--partition", "baked:1")
+    assert result.stdout.startswith("block.00-00") and "\nblock.01-01 " in result.stdout
+    shared, first, second = sorted(
+        EngineStore(Bundle.open(bundle)).sidecars(), key=lambda x: x.layers
+    )
+    assert [each.layers for each in (shared, first, second)] == [(), (0,), (1,)]
+    assert "qkv.weight" in shared.profiles[0] and "qkv.weight" not in first.profiles[0]
+    assert "k_cache.0" in first.profiles[0] and first.fused_attention is True
+    weights = Bundle.open(bundle).layer_weights("block", 0, "bf16")
+    assert first.size > sum(array.nbytes for array in weights.values() if array.ndim > 1)
+    assert len({each.graph for each in (shared, first, second)}) == 3
+    assert find_faults(bundle) == []
+    run(*arguments, "--partition", "baked:2", "--clean")
+    (both,) = EngineStore(Bundle.open(bundle)).sidecars()
+    assert both.layers == (0, 1) and "block.00-01.bf16" in both.file
 
 
 def test_attention_that_is_not_one_kernel_is_refused_or_asked_for(bundle: Path, tmp_path) -> None:
@@ -356,8 +384,23 @@ def test_a_damaged_sidecar_is_named(data: bytes) -> None:
 
 def test_a_sidecar_survives_its_file() -> None:
     profiles = ({"x": ((1,), (2,), (3,))},)
-    sidecar = Sidecar("x", "bf16", "b", "1", (86,), {}, profiles, "0" * 64, True, 5, "f" * 64, 1.5)
+    sidecar = Sidecar(
+        "x",
+        (1, 2),
+        "bf16",
+        "b",
+        "1",
+        (86,),
+        {},
+        profiles,
+        "a" * 64,
+        "0" * 64,
+        True,
+        5,
+        "f" * 64,
+        1.5,
+    )
     read = Sidecar.from_bytes("x", sidecar.to_bytes())
-    assert read.file == "engines/b-1/x.bf16.0000000000000000.engine"
+    assert read.file == "engines/b-1/x.01-02.bf16.0000000000000000.engine"
     assert json.loads(read.to_bytes()) == json.loads(sidecar.to_bytes())
     assert np.array_equal(read.profiles[0]["x"], [[1], [2], [3]])

@@ -14,6 +14,8 @@ import hashlib
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mc_engines.building.compile import (
     Advance,
@@ -25,6 +27,7 @@ from mc_engines.building.compile import (
 )
 from mc_engines.building.library import Library
 from mc_engines.building.network import has_softmax
+from mc_engines.building.partition import Part, bake_layers, graph_hash, graph_of
 from mc_engines.building.store import EngineStore, Sidecar, engine_file, hash_inputs
 from mc_engines.bundle import Bundle
 from mc_engines.errors import BuildError, EngineError
@@ -62,15 +65,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a component.
+    """What became of a component, or of a part of it.
 
     Attributes:
-        component: Such as `block`.
+        part: The component, or a group of its layers.
         sidecar: Of its engine; None where it cannot be built for any target.
         left_out: By target that the engine is not for, why.
     """
 
-    component: str
+    part: Part
     sidecar: Sidecar | None
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -133,12 +136,12 @@ def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | Non
     return False
 
 
-def provide_engine(job: Job, component: str, fused: bool | None, advance: Advance) -> Outcome:
+def provide_engine(job: Job, part: Part, fused: bool | None, advance: Advance) -> Outcome:
     """Build an engine and keep it, unless one of the same inputs is there.
 
     Args:
         job: What is built.
-        component: Such as `block`.
+        part: What the engine computes.
         fused: What `check_attention` said.
         advance: As for `build_plan`.
 
@@ -151,24 +154,32 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
         BundleError: The engine cannot be kept in the bundle.
     """
     form, library, request = job.precision, job.library, job.request
-    inputs = hash_inputs(job.bundle, component, form, library, request)
-    file = engine_file(library.backend, library.version, component, form, inputs)
+    inputs = hash_inputs(job.bundle, part, form, library, request)
+    file = engine_file(library.backend, library.version, part, form, inputs)
     found = job.store.find(file, inputs)
     if found is not None:
-        return Outcome(component, found, found.left_out)
+        return Outcome(part, found, found.left_out)
     start = time.monotonic()
-    plan, left_out = _build_where_possible(job, component, advance)
+    with TemporaryDirectory() as folder:
+        bundle = job.bundle
+        path = (
+            bake_layers(bundle, part, form, Path(folder))
+            if part.layers
+            else bundle.graph_path(part.component, form)
+        )
+        plan, left_out = _build_where_possible(job, part, path, advance)
     if plan is None:
-        return Outcome(component, None, left_out)
-    graph = job.bundle.graph(component, form)
+        return Outcome(part, None, left_out)
     sidecar = Sidecar(
-        component=component,
+        component=part.component,
+        layers=part.layers,
         form=form,
         backend=library.backend,
         version=library.version,
         targets=tuple(target for target in request.targets if str(target) not in left_out),
         left_out=left_out,
-        profiles=tuple(request.bound(graph)),
+        profiles=tuple(request.bound(graph_of(bundle, part, form))),
+        graph=graph_hash(bundle, part, form),
         inputs=inputs,
         fused_attention=fused,
         size=len(plan),
@@ -176,15 +187,14 @@ def provide_engine(job: Job, component: str, fused: bool | None, advance: Advanc
         seconds=round(time.monotonic() - start, 2),
     )
     job.store.add(sidecar, plan)
-    return Outcome(component, sidecar, left_out)
+    return Outcome(part, sidecar, left_out)
 
 
 def _build_where_possible(
-    job: Job, component: str, advance: Advance
+    job: Job, part: Part, path: Path, advance: Advance
 ) -> tuple[bytes | None, dict[str, str]]:
     """Build for all targets, or for each that can be built for; say why for the others."""
-    graph = job.bundle.graph(component, job.precision)
-    path = job.bundle.graph_path(component, job.precision)
+    graph, required = graph_of(job.bundle, part, job.precision), part.component in job.required
 
     def build(targets: tuple[int, ...]) -> bytes:
         request = replace(job.request, targets=targets)
@@ -195,14 +205,14 @@ def _build_where_possible(
         return build(targets), {}
     except BuildError as error:
         if len(targets) < 2:
-            if component in job.required:
+            if required:
                 raise
             return None, {"".join(map(str, targets)): str(error)}
     for target in targets:
         try:
             plan = build((target,))
         except BuildError as error:
-            if component in job.required:
+            if required:
                 raise
             left_out[str(target)] = str(error)
     working = tuple(target for target in targets if str(target) not in left_out)

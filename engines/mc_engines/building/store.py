@@ -18,6 +18,7 @@ from typing import Any
 
 from mc_engines.building.compile import Request
 from mc_engines.building.library import Library
+from mc_engines.building.partition import Part, graph_hash, graph_of
 from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
 from mc_engines.bundle_files import lock_folder, replace_file
@@ -30,20 +31,20 @@ _KEY_DIGITS = 16
 _SIDECAR = ".engine.json"
 
 
-def engine_file(backend: str, version: str, component: str, form: str, inputs: str) -> str:
+def engine_file(backend: str, version: str, part: Part, form: str, inputs: str) -> str:
     """Say where an engine of these inputs lies, in a bundle or a folder of engines.
 
     Args:
         backend: That runs it.
         version: Of the library.
-        component: Such as `block`.
+        part: What it computes.
         form: Precision of its graph.
         inputs: Of `hash_inputs`.
 
     Returns:
         A relative path.
     """
-    name = f"{component}.{form}.{inputs[:_KEY_DIGITS]}.engine"
+    name = f"{part.name}.{form}.{inputs[:_KEY_DIGITS]}.engine"
     return f"{_FOLDER}/{backend}-{version}/{name}"
 
 
@@ -53,12 +54,14 @@ class Sidecar:
 
     Attributes:
         component: Such as `block`.
+        layers: Whose weights are inside; empty: weights are inputs, or in the component's graph.
         form: Precision of its graph.
         backend: That runs it.
         version: Of the library, which has to be this one.
         targets: Compute capabilities that it is for, as 86 for 8.6.
         left_out: By compute capability that was asked for as well, why it is not for that.
         profiles: By input, the smallest, usual and largest shape; one mapping per profile.
+        graph: Hash of its graph, and of the weights that are inside.
         inputs: Hash of everything it was made from.
         fused_attention: Whether its attention is one kernel on all targets, False also where it
             need not be; None where it has none, or where that cannot be told.
@@ -68,12 +71,14 @@ class Sidecar:
     """
 
     component: str
+    layers: tuple[int, ...]
     form: str
     backend: str
     version: str
     targets: tuple[int, ...]
     left_out: dict[str, str]
     profiles: tuple[dict[str, Any], ...]
+    graph: str
     inputs: str
     fused_attention: bool | None
     size: int
@@ -81,9 +86,14 @@ class Sidecar:
     seconds: float
 
     @property
+    def part(self) -> Part:
+        """What it computes."""
+        return Part(self.component, self.layers)
+
+    @property
     def file(self) -> str:
         """Path of the engine in a bundle or a folder of engines."""
-        return engine_file(self.backend, self.version, self.component, self.form, self.inputs)
+        return engine_file(self.backend, self.version, self.part, self.form, self.inputs)
 
     def to_bytes(self) -> bytes:
         """The sidecar as it stands in its file."""
@@ -106,7 +116,7 @@ class Sidecar:
         try:
             value = json.loads(data)
             known = {SCHEMA: value}[value["schema"]]
-            lists = {name: tuple(known[name]) for name in ("targets", "profiles")}
+            lists = {name: tuple(known[name]) for name in ("layers", "targets", "profiles")}
             return cls(**{entry.name: known[entry.name] for entry in fields(cls)} | lists)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(
@@ -114,14 +124,12 @@ class Sidecar:
             ) from error
 
 
-def hash_inputs(
-    bundle: Bundle, component: str, form: str, library: Library, request: Request
-) -> str:
+def hash_inputs(bundle: Bundle, part: Part, form: str, library: Library, request: Request) -> str:
     """Hash everything that an engine is made from.
 
     Args:
         bundle: Of the graph.
-        component: Such as `block`.
+        part: What it computes.
         form: Precision of its graph.
         library: That builds.
         request: Targets, sizes and limits.
@@ -129,14 +137,11 @@ def hash_inputs(
     Returns:
         sha256, hexadecimal.
     """
-    graph = bundle.graph(component, form)
-    data = bundle.manifest.files.get(f"onnx/{component}.onnx.data")
     parts = {
-        "onnx": bundle.manifest.files[graph.file].sha256,
-        "weights": None if data is None else data.sha256,
+        "graph": graph_hash(bundle, part, form),
         "library": [library.backend, library.version],
         "targets": request.targets,
-        "profiles": request.bound(graph),
+        "profiles": request.bound(graph_of(bundle, part, form)),
         "workspace": request.workspace,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
