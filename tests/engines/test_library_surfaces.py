@@ -215,7 +215,7 @@ def test_every_version_builds_every_graph_with_calls_that_it_has(
 ) -> None:
     surface = BY_VERSION[version]
     library = build(monkeypatch, surface, bundle, "--workspace", 64)
-    sidecars = EngineStore(Bundle.open(bundle)).sidecars()
+    sidecars = EngineStore(Bundle.open(bundle)).read()[0]
     assert {each.version for each in sidecars} == {surface.version}
     assert len(sidecars) == len(Bundle.open(bundle).manifest.components) - 1 == 13
     rtx, checks = surface is RTX, "add_attention" in surface.names["INetworkDefinition"]

@@ -23,7 +23,7 @@ from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
 from mc_engines.bundle_files import lock_folder, replace_file
 from mc_engines.errors import BundleError, EngineError
-from mc_engines.manifest import read_manifest
+from mc_engines.manifest import hash_file, read_manifest
 
 SCHEMA = "motioncache.engine/v1"
 _FOLDER = "engines"
@@ -164,9 +164,15 @@ class EngineStore:
         """The folder that the paths of engines are relative to."""
         return self.folder or self.bundle.path
 
-    def sidecars(self) -> list[Sidecar]:
-        """Read the sidecars of all engines; raises EngineError for one that is damaged."""
-        return [self._read(name) for name in sorted(self._names())]
+    def read(self) -> tuple[list[Sidecar], list[str]]:
+        """Read all sidecars, and name those that are damaged; raises BundleError as `find` does."""
+        sidecars, damaged = [], []
+        for name in sorted(self._names()):
+            try:
+                sidecars.append(self._read(name))
+            except EngineError:
+                damaged.append(name)
+        return sidecars, damaged
 
     def _names(self) -> set[str]:
         """Paths of the sidecars that are there; in a bundle, those that the manifest names."""
@@ -181,14 +187,16 @@ class EngineStore:
         return Sidecar.from_bytes(str(path), path.read_bytes())
 
     def find(self, file: str, inputs: str) -> Sidecar | None:
-        """Return the engine of that `engine_file` if it is there, of these inputs, and whole."""
+        """Return the engine of that `engine_file` if it is there, of these inputs, and sound."""
         if f"{file}.json" not in self._names():
             return None
         try:
             sidecar = self._read(f"{file}.json")
         except EngineError:
             return None  # it is built again, and replaced
-        return sidecar if sidecar.inputs == inputs and self.is_whole(sidecar) else None
+        if sidecar.inputs != inputs or not self.is_whole(sidecar):
+            return None
+        return sidecar if hash_file(self.path(sidecar)) == sidecar.sha256 else None
 
     def path(self, sidecar: Sidecar) -> Path:
         """Return where an engine lies."""
@@ -243,14 +251,8 @@ class EngineStore:
             BundleError: The bundle is damaged or being written by another command.
             OSError: A file cannot be removed.
         """
-        others, damaged = [], []
-        for name in sorted(self._names()):
-            try:
-                file = self._read(name).file
-            except EngineError:
-                damaged.append(name)
-            else:
-                others += [file] if file not in wanted else []
+        sidecars, damaged = self.read()
+        others = [each.file for each in sidecars if each.file not in wanted]
         gone = [file + end for file in others for end in ("", ".json")]
         gone += [name.removesuffix(".json") for name in damaged] + damaged
         if self.folder is None:

@@ -1,0 +1,187 @@
+"""Which of the engines that are there can run here; if none, what is different, and the way out.
+
+An engine runs on the version of the library that made it, on the GPUs that it was made for, up to
+the sizes that it was made for, and stands for the graph that it was made of.
+
+Neighbours: `EngineStore` keeps engines, `mc-build` makes them.
+"""
+
+__all__ = ["Place", "choose_engine", "read_plan"]
+
+import hashlib
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mc_engines.building.bounds import Shape, VideoLimits, bound_symbols
+from mc_engines.building.compile import Request, name_targets
+from mc_engines.building.library import Backend
+from mc_engines.building.partition import Part, graph_hash, graph_of
+from mc_engines.building.store import EngineStore, Sidecar
+from mc_engines.errors import EngineError
+from mc_engines.specs import Precision
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines are to run, and for what.
+
+    Attributes:
+        backend: That runs them.
+        version: Of the library that is installed.
+        capability: Compute capability of the GPU, as 86 for 8.6.
+        form: Precision of the graphs.
+        limits: The largest video.
+        group: Blocks in one engine; None: one engine for all.
+    """
+
+    backend: Backend
+    version: str
+    capability: int
+    form: Precision
+    limits: VideoLimits
+    group: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The place in words."""
+        return f"{self.backend} {self.version} for {name_targets((self.capability,))}"
+
+    def build_command(self, store: EngineStore) -> str:
+        """Return the command that makes the engines that run here.
+
+        Args:
+            store: Where they are to be kept.
+
+        Returns:
+            One line for a shell.
+        """
+        options: dict[str, object] = {"backend": self.backend}
+        if self.backend == "tensorrt-rtx":  # TensorRT builds for the GPU that is there
+            options["sm"] = self.capability
+        options |= {
+            "dtype": self.form,
+            "height": self.limits.height,
+            "width": self.limits.width,
+            "max-frames": self.limits.max_frames,
+            "causal-block-size": self.limits.chunk_frames,
+        }
+        if self.group is not None:
+            options["partition"] = f"baked:{self.group}"
+        if store.folder is not None:
+            options["engines"] = store.folder
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return shlex.join(["mc-build", str(store.bundle.path), *words])
+
+
+def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:
+    """Find the engine of a part that can run here; of several, the one for the smallest sizes.
+
+    Args:
+        store: Has the engines.
+        part: What the engine computes.
+        place: Where it is to run.
+
+    Returns:
+        Its sidecar; the bytes come from `read_plan`.
+
+    Raises:
+        EngineError: None can run here: says what is different, and which command makes one.
+        BundleError: The bundle is damaged, or lacks the graph.
+        ValueError: The sizes are none of a video.
+    """
+    graph = graph_of(store.bundle, part, place.form)
+    symbols = bound_symbols(store.bundle.manifest.config, place.limits)
+    (needed,) = Request((), [symbols]).bound(graph)
+    largest = {name: most for name, (_, _, most) in needed.items()}
+    expected = graph_hash(store.bundle, part, place.form)
+    found = [each for each in store.read()[0] if (each.part, each.form) == (part, place.form)]
+    # In the order in which an engine could be nearer to what is needed: what differs first is told.
+    tests: list[tuple[Callable[[Sidecar], bool], Callable[[Sidecar], str]]] = [
+        (lambda each: each.backend == place.backend, lambda each: f"one of {each.backend}"),
+        (lambda each: each.version == place.version, lambda each: f"one of version {each.version}"),
+        (
+            lambda each: place.capability in each.targets,
+            lambda each: f"one for {name_targets(each.targets)}",
+        ),
+        (lambda each: each.graph == expected, lambda each: "one of another graph"),
+        (lambda each: _covers(each, largest), lambda each: _tell_sizes(each, largest)),
+        (store.is_whole, lambda each: f"a file that has not its {each.size:,} bytes"),
+    ]
+    for is_met, tell in tests:
+        left = [each for each in found if is_met(each)]
+        if not left:
+            _say_if_left_out(part, place, found)
+            _refuse(store, part, place, tell(max(found, key=_volume)) if found else "none")
+        found = left
+    return min(found, key=_volume)
+
+
+def read_plan(store: EngineStore, sidecar: Sidecar, place: Place) -> bytes:
+    """Read an engine and hold it against its hash.
+
+    Args:
+        store: Has it.
+        sidecar: Of `choose_engine`.
+        place: Where it is to run.
+
+    Returns:
+        What the library serialized.
+
+    Raises:
+        EngineError: It is damaged: says which command makes it again.
+        OSError: It cannot be read.
+    """
+    plan = store.path(sidecar).read_bytes()
+    if hashlib.sha256(plan).hexdigest() != sidecar.sha256:
+        _refuse(store, sidecar.part, place, f"other content in {store.path(sidecar)}")
+    return plan
+
+
+def _refuse(store: EngineStore, part: Part, place: Place, got: str) -> NoReturn:
+    raise EngineError(
+        f"{part.name}.{place.form}: expected an engine of {place.name}, got {got}. "
+        f"Run: {place.build_command(store)}"
+    )
+
+
+def _say_if_left_out(part: Part, place: Place, sidecars: list[Sidecar]) -> None:
+    """Send no one to build what has been tried."""
+    for sidecar in sidecars:
+        reason = sidecar.left_out.get(str(place.capability))
+        if reason is not None and sidecar.version == place.version:
+            raise EngineError(
+                f"{part.name}.{place.form}: expected an engine of {place.name}, got none, as it "
+                f"cannot be built: {reason} Run it with ONNX Runtime."
+            )
+
+
+def _covers(sidecar: Sidecar, largest: Mapping[str, Shape]) -> bool:
+    """Say whether one profile takes all inputs at their largest."""
+    return any(
+        all(_fits(profile[name], shape) for name, shape in largest.items())
+        for profile in sidecar.profiles
+    )
+
+
+def _fits(bounds: Any, shape: Shape) -> bool:
+    least, _, most = bounds
+    return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+
+def _tell_sizes(sidecar: Sidecar, largest: Mapping[str, Shape]) -> str:
+    for name, shape in largest.items():
+        if not any(_fits(profile[name], shape) for profile in sidecar.profiles):
+            most = max(tuple(profile[name][2]) for profile in sidecar.profiles)
+            return f"one that takes '{name}' up to {most} and not {shape}"
+    return "one whose profiles take no pass at its largest"
+
+
+def _volume(sidecar: Sidecar) -> tuple[int, str]:
+    """Order engines by the sizes that they are for."""
+    volumes = [
+        sum(math.prod(most) for _, _, most in profile.values()) for profile in sidecar.profiles
+    ]
+    return max(volumes), sidecar.file
