@@ -174,8 +174,10 @@ def _fits(bounds: Any, shape: Shape) -> bool:
 def _tell_sizes(sidecar: Sidecar, largest: Mapping[str, Shape]) -> str:
     for name, shape in largest.items():
         if not any(_fits(profile[name], shape) for profile in sidecar.profiles):
-            most = max(tuple(profile[name][2]) for profile in sidecar.profiles)
-            return f"one that takes '{name}' up to {most} and not {shape}"
+            least, _, most = max(
+                (profile[name] for profile in sidecar.profiles), key=lambda bounds: bounds[2]
+            )
+            return f"one that takes '{name}' from {tuple(least)} up to {tuple(most)}, not {shape}"
     return "one whose profiles take no pass at its largest"
 
 

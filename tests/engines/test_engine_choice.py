@@ -112,16 +112,22 @@ def test_none_is_there(store) -> None:
 
 def test_a_profile_that_is_too_small_names_the_tensor_and_both_sizes(store) -> None:
     add(store, make(store, replace(HERE, limits=VideoLimits(64, 64, 97, 5))))
-    assert "got one that takes 'x' up to (1, 80, 64) and not (1, 120, 64). Run: " in refusal(store)
-    add(store, make(store, replace(HERE, limits=VideoLimits(64, 96, 77, 5))))
-    assert "got one that takes 'k_cache' up to (1, 2, 480, 32) and not (1, 2, 600, 32). Run: " in (
-        refusal(store)
+    assert (
+        "got one that takes 'x' from (1, 1, 64) up to (1, 80, 64), not (1, 120, 64). Run: "
+        in refusal(store)
     )
+    add(store, make(store, replace(HERE, limits=VideoLimits(64, 96, 77, 5))))
+    sizes = "from (1, 2, 1, 32) up to (1, 2, 480, 32), not (1, 2, 600, 32)"
+    assert f"got one that takes 'k_cache' {sizes}. Run: " in refusal(store)
 
 
 def test_a_profile_for_a_whole_pass_is_among_those_of_buckets(store) -> None:
     quarter = add(store, make(store, shares=(0.5, 0.25)))
-    assert "got one that takes 'x' up to (1, 60, 64) and not (1, 120, 64)" in refusal(store)
+    assert "got one that takes 'x' from (1, 60, 64) up to (1, 60, 64), not (1, 120, 64)" in refusal(
+        store
+    )
+    add(store, make(store, replace(HERE, limits=VideoLimits(128, 96, 97, 5)), shares=(1.0,)))
+    assert "got one that takes 'x' from (1, 240, 64) up to (1, 240, 64)" in refusal(store)
     whole = add(store, make(store, shares=(1.0, 0.25), targets=(86,)))
     assert choose_engine(store, BLOCK, HERE).file == whole.file != quarter.file
 
