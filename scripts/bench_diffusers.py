@@ -29,7 +29,7 @@ from mc_export.skyreels import Block
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, vanilla_work
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import Video, VideoPipeline
-from mc_runtime.transformer import KeyCache
+from mc_runtime.transformer import KeyCache, map_visible
 
 THREADS = 2
 HEADS, HEAD_DIM, LAYERS, FFN_DIM, TEXT_DIM = 3, 64, 6, 768, 64
@@ -223,7 +223,7 @@ def block_inputs(
         "cross_v": text[1],
         "k_cache": cache.keys[0],
         "v_cache": cache.values[0],
-        "kv_map": cache.map_visible(chunk * tokens, np.arange(tokens), tokens),
+        "kv_map": map_visible(cache.slots, chunk * tokens, np.arange(tokens), tokens),
     }
 
 

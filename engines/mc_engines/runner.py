@@ -3,7 +3,7 @@
 Neighbours: `Bundle` says where a graph lies, `onnxruntime_runner` and `function_runner` run it.
 """
 
-__all__ = ["Array", "Arrays", "Runner", "check_inputs"]
+__all__ = ["Array", "Arrays", "Runner", "Shaped", "check_inputs"]
 
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
@@ -46,7 +46,23 @@ class Runner(Protocol):
         ...
 
 
-def check_inputs(graph: GraphSpec, inputs: Arrays, weights: Arrays | None) -> None:
+class Shaped(Protocol):
+    """What has a dtype and a shape: an array of the host or of a GPU."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its elements."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+        ...
+
+
+def check_inputs(
+    graph: GraphSpec, inputs: Mapping[str, Shaped], weights: Mapping[str, Shaped] | None
+) -> None:
     """Refuse inputs that do not fit the graph, before a backend sees them.
 
     Args:
@@ -64,14 +80,14 @@ def check_inputs(graph: GraphSpec, inputs: Arrays, weights: Arrays | None) -> No
             _check_array(graph.file, spec, arrays[spec.name], sizes)
 
 
-def _check_names(file: str, specs: tuple[TensorSpec, ...], arrays: Arrays) -> None:
+def _check_names(file: str, specs: tuple[TensorSpec, ...], arrays: Mapping[str, Shaped]) -> None:
     if len(specs) == len(arrays) and all(spec.name in arrays for spec in specs):
         return
     expected, got = sorted(spec.name for spec in specs), sorted(arrays)
     raise ValueError(f"{file}: expected inputs {expected}, got {got}.")
 
 
-def _check_array(file: str, spec: TensorSpec, array: Array, sizes: dict[str, int]) -> None:
+def _check_array(file: str, spec: TensorSpec, array: Shaped, sizes: dict[str, int]) -> None:
     fits = array.dtype == spec.numpy_dtype and len(array.shape) == len(spec.shape)
     if fits:
         for size, expected in zip(array.shape, spec.shape, strict=True):

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from mc_runtime.fidelity import Fidelity, Lpips, compare_videos
 from mc_runtime.generation import Progress
+from mc_runtime.inputs import check_policy
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline, check_policy
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.vae import VaeDecoder, to_uint8
 from motioncache import DecisionTrace, Policy
 

@@ -1,7 +1,7 @@
 """The loop: chunks of a window move from noise to latents, each as soon as its turn comes.
 
 Neighbours: `step_matrix` says which chunk takes which step in a row, the policy which tokens are
-recomputed, `Transformer` computes, `sampler_step` moves the latents. `VideoPipeline` feeds windows
+recomputed, `Passes` computes, `sampler_step` moves the latents. `VideoPipeline` feeds windows
 in and decodes what comes out.
 
 A chunk sees its own keys and those of the chunks before it. When it is finished, one clean pass at
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,12 @@ from mc_engines.runner import Arrays
 from mc_engines.timed_runner import Clock
 from mc_runtime.decisions import Decisions
 from mc_runtime.latent_motion import measure_latent_motion
+from mc_runtime.passes import Angles, Passes, Values
 from mc_runtime.patches import patchify, unpatchify
 from mc_runtime.rope import rope_tables
 from mc_runtime.sampler import SamplerState, SamplerTable, init_sampler, sampler_step
 from mc_runtime.schedule import StepMatrix
-from mc_runtime.transformer import Conditions, KeyCache, Transformer
+from mc_runtime.transformer import Conditions
 from motioncache import DecisionTrace, DistanceTable, Mode, Plan, Policy, RunShape
 
 Latents = NDArray[np.float32]
@@ -39,10 +41,9 @@ class Request:
     """What all windows of a generation have in common.
 
     Attributes:
-        transformer: Engines and weights.
+        passes: Of the transformer.
         policy: Decides which tokens are recomputed.
-        contexts: Keys and values of the prompt per branch (cond, and uncond with guidance) and
-            layer.
+        contexts: Keys and values of the prompt per branch: cond, and uncond with guidance.
         guidance_scale: g of `uncond + g * (cond - uncond)`.
         table: Of the sampler.
         conditions: One row per step, then one for timestep 0 and one for the prefix's timestep.
@@ -52,9 +53,9 @@ class Request:
         trace: Of the run; every decision is written into it.
     """
 
-    transformer: Transformer
+    passes: Passes
     policy: Policy
-    contexts: Sequence[Sequence[Arrays]]
+    contexts: Sequence[Any]
     guidance_scale: float
     table: SamplerTable
     conditions: Conditions
@@ -96,20 +97,16 @@ class _Branch:
 
     Attributes:
         number: 0 cond, 1 uncond.
-        context: Keys and values of the prompt by layer.
-        cache: Keys and values of the window.
+        memory: Keys, values and residuals, where the engines run.
         decisions: What the policy makes of it.
         last_frames: By chunk, what its last frame was when motion was measured: block output
             (1, P, C), or clean latents (P, c). The motion of the next chunk starts from it.
-        residuals: By chunk, block output minus input of every token, each as last computed.
     """
 
     number: int
-    context: Sequence[Arrays]
-    cache: KeyCache
+    memory: Any
     decisions: Decisions
-    last_frames: dict[int, NDArray[np.float32]]
-    residuals: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    last_frames: dict[int, Values]
 
 
 @dataclass
@@ -127,7 +124,7 @@ class Window:
         branches: cond, and uncond with guidance.
         samplers: Per chunk.
         clock: Time in engines.
-        transformer: The request's, on this clock.
+        passes: The request's, on this clock.
         row: Of the run, that is being computed.
         frozen: Chunks whose keys are final.
     """
@@ -138,25 +135,24 @@ class Window:
     matrix: StepMatrix
     first_chunk: int
     number: int
-    histories: Sequence[dict[int, NDArray[np.float32]]]
+    histories: Sequence[dict[int, Values]]
     branches: list[_Branch] = field(init=False)
     samplers: list[SamplerState] = field(init=False)
     clock: Clock = field(default_factory=Clock)
-    transformer: Transformer = field(init=False)
+    passes: Passes = field(init=False)
     row: int = field(init=False)
     frozen: int = 0
 
     def __post_init__(self) -> None:
-        request, config = self.request, self.request.transformer.config
-        self.transformer = request.transformer.timed(self.clock)
+        request, config = self.request, self.request.passes.config
+        self.passes = request.passes.timed(self.clock)
         self.row = request.shape.window_start[self.number]
         self.tokens = request.shape.tokens
         _, frames, height, width = self.latents.shape
         _, down, across = config.patch_size
         chunks = frames // request.chunk_frames
-        self.branches = [self._open_branch(number, chunks) for number in range(len(self.histories))]
         self.samplers = [init_sampler() for _ in range(chunks)]
-        self.angles = [
+        angles = [
             rope_tables(
                 request.chunk_frames,
                 height // down,
@@ -168,13 +164,13 @@ class Window:
             )
             for chunk in range(chunks)
         ]
+        self.branches = [self._open_branch(number, angles) for number in range(len(self.histories))]
 
-    def _open_branch(self, number: int, chunks: int) -> _Branch:
+    def _open_branch(self, number: int, angles: Sequence[Angles]) -> _Branch:
         request = self.request
         return _Branch(
             number,
-            request.contexts[number],
-            KeyCache(request.transformer.config, chunks * self.tokens),
+            self.passes.open_branch(request.contexts[number], angles),
             Decisions(
                 request.policy,
                 request.distances,
@@ -265,29 +261,37 @@ def _take_step(window: Window, chunk: int, active: Mapping[int, int]) -> None:
         )
 
 
-def _embed(window: Window, latents: Latents) -> NDArray[np.float32]:
-    return window.transformer.embed(patchify(latents, window.transformer.config.patch_size))
+def _embed(window: Window, latents: Latents) -> Values:
+    return window.passes.embed(patchify(latents, window.passes.config.patch_size))
 
 
 def _velocity(
-    window: Window,
-    branch: _Branch,
-    chunk: int,
-    x: NDArray[np.float32],
-    plan: Plan,
-    step: int,
+    window: Window, branch: _Branch, chunk: int, x: Values, plan: Plan, step: int
 ) -> Latents:
     """The model's velocity for a chunk: reused tokens keep their residual, others are computed."""
-    request, config = window.request, window.transformer.config
-    out = _block_output(window, branch, chunk, x, np.flatnonzero(plan.recompute), step)
-    if plan.wants_motion and request.policy.motion == "output":
-        _observe_output(window, branch, chunk, out)
-    patches = window.transformer.head(out, request.conditions.head_modulation[step : step + 1])
-    if not np.isfinite(patches).all():
-        values = {"embed": x, "block": out, "head": patches}
-        _refuse_nan(values, window.first_chunk + chunk, step)
-    shape = (config.out_channels, request.chunk_frames, *window.latents.shape[2:])
-    return unpatchify(patches, config.patch_size, shape)
+    request, passes = window.request, window.passes
+    rows = np.flatnonzero(plan.recompute)
+    whole = len(rows) == window.tokens
+    mode = Mode.FULL if whole else Mode.PARTIAL if len(rows) else Mode.REUSE
+    _write_pass(window, branch, chunk, mode, len(rows))
+    conditions, row = request.conditions, slice(step, step + 1)
+    out = passes.evaluate(branch.memory, chunk, x, rows, conditions.modulation[row])
+    observed = plan.wants_motion and request.policy.motion == "output"
+    reading = passes.read(
+        out,
+        conditions.head_modulation[row],
+        request.chunk_frames if observed else 0,
+        branch.last_frames.get(chunk - 1) if observed else None,
+    )
+    if not np.isfinite(reading.patches).all():
+        values = {"embed": x, "block": out}
+        on_host = {name: passes.to_host(value) for name, value in values.items()}
+        _refuse_nan({**on_host, "head": reading.patches}, window.first_chunk + chunk, step)
+    if reading.motion is not None:
+        branch.last_frames[chunk] = reading.last_frame
+        branch.decisions.observe(window.row, chunk, reading.motion)
+    shape = (passes.config.out_channels, request.chunk_frames, *window.latents.shape[2:])
+    return unpatchify(reading.patches, passes.config.patch_size, shape)
 
 
 def _observe_latents(
@@ -298,7 +302,7 @@ def _observe_latents(
         return
     request, latents = window.request, window.latents[:, window.frames_of(chunk)]
     clean = latents - request.table.sigmas[step] * velocity
-    rows = patchify(clean, window.transformer.config.patch_size)
+    rows = patchify(clean, window.passes.config.patch_size)
     frames = rows.reshape(request.chunk_frames, -1, rows.shape[2])
     for branch, plan in zip(window.branches, plans, strict=True):
         motion = measure_latent_motion(frames, branch.last_frames.get(chunk - 1))
@@ -307,44 +311,11 @@ def _observe_latents(
             branch.decisions.observe(window.row, chunk, motion)
 
 
-def _observe_output(window: Window, branch: _Branch, chunk: int, out: NDArray[np.float32]) -> None:
-    """Show the policy how the block output of a branch moves from frame to frame."""
-    before = branch.last_frames.get(chunk - 1)
-    motion = window.transformer.motion(out, window.request.chunk_frames, before)
-    branch.last_frames[chunk] = out[:, -motion.shape[1] :].copy()
-    branch.decisions.observe(window.row, chunk, motion)
-
-
-def _block_output(
-    window: Window,
-    branch: _Branch,
-    chunk: int,
-    x: NDArray[np.float32],
-    rows: NDArray[np.intp],
-    step: int,
-) -> NDArray[np.float32]:
-    """Output of the last block for every token of a chunk; updates the branch's residual."""
-    whole = len(rows) == window.tokens
-    mode = Mode.FULL if whole else Mode.PARTIAL if len(rows) else Mode.REUSE
-    _write_pass(window, branch, chunk, mode, len(rows))
-    if whole:
-        out = _recompute(window, branch, chunk, x, rows, step)
-        branch.residuals[chunk] = out - x
-        return out
-    residual = branch.residuals[chunk]
-    out = x + residual
-    if len(rows):
-        y = _recompute(window, branch, chunk, x, rows, step)
-        out[:, rows] = y
-        residual[:, rows] = y - x[:, rows]
-    return out
-
-
 def _write_pass(window: Window, branch: _Branch, chunk: int, mode: Mode, tokens: int) -> None:
     """Write down which pass is made, and how many tokens go through the blocks."""
     trace, at = window.request.trace, (window.row, branch.number, chunk)
     trace.mode[at] = mode
-    trace.bucket[at] = window.transformer.bucket(tokens, window.tokens)
+    trace.bucket[at] = window.passes.bucket(tokens, window.tokens)
 
 
 def _freeze(window: Window, chunk: int) -> None:
@@ -362,26 +333,8 @@ def _freeze(window: Window, chunk: int) -> None:
     for branch in window.branches:
         _write_pass(window, branch, chunk, Mode.CLEAN, window.tokens)
         with _timed(window, branch.number, chunk):
-            _recompute(window, branch, chunk, x, np.arange(window.tokens), row)
-
-
-def _recompute(
-    window: Window,
-    branch: _Branch,
-    chunk: int,
-    x: NDArray[np.float32],
-    rows: NDArray[np.intp],
-    row: int,
-) -> NDArray[np.float32]:
-    return window.transformer.recompute(
-        x,
-        rows,
-        window.request.conditions.modulation[row : row + 1],
-        window.angles[chunk],
-        branch.context,
-        branch.cache,
-        chunk * window.tokens,
-    )
+            modulation = request.conditions.modulation[row : row + 1]
+            window.passes.write_keys(branch.memory, chunk, x, modulation)
 
 
 def _refuse_nan(values: Arrays, chunk: int, step: int) -> None:

@@ -4,7 +4,15 @@ The settings of a generation are the fields of `GenerationOptions`: names, kinds
 taken from there, only the help is written here or by the command.
 """
 
-__all__ = ["FILE", "INPUT", "choose_options", "make_say", "setting_options"]
+__all__ = [
+    "FILE",
+    "INPUT",
+    "choose_device",
+    "choose_options",
+    "device_flags",
+    "make_say",
+    "setting_options",
+]
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -14,11 +22,17 @@ from typing import Any, get_args
 
 import click
 
+from mc_engines.building.bounds import VideoLimits
+from mc_engines.building.library import BACKENDS
+from mc_engines.device.opening import DeviceOptions
+from mc_engines.specs import PRECISIONS
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
+_CPU = "cpu"
+_MEGABYTE = 2**20
 _OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
 _HELP = {
     "num_frames": "Frames of the video.",
@@ -83,6 +97,71 @@ def choose_options(pipeline: VideoPipeline, settings: Mapping[str, Any]) -> Gene
     """
     given = {name: value for name, value in settings.items() if value is not None}
     return replace(pipeline.default_options, **given)
+
+
+def device_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags that say where engines run; to be read with `choose_device`."""
+    for option in reversed(_DEVICE_FLAGS):
+        function = option(function)
+    return function
+
+
+_DEVICE_FLAGS = (
+    click.option(
+        "--backend",
+        type=click.Choice((_CPU, *BACKENDS)),
+        default=_CPU,
+        show_default=True,
+        help="What runs the engines: ONNX Runtime on the CPU, or a library on a GPU.",
+    ),
+    click.option(
+        "--dtype", type=click.Choice(PRECISIONS), help="Of the engines on a GPU; default: bf16."
+    ),
+    click.option(
+        "--engines",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder of engines; default: those in BUNDLE.",
+    ),
+    click.option(
+        "--max-vram",
+        type=click.IntRange(min=1),
+        help="Megabytes for weights and caches; below what they take, layers are streamed.",
+    ),
+    click.option("--device", type=click.IntRange(min=0), help="Number of the GPU; default: 0."),
+)
+
+
+def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> DeviceOptions | None:
+    """Read the flags of `device_flags`.
+
+    Args:
+        values: Of the flags.
+        options: Of the run, whose sizes the engines have to take.
+
+    Returns:
+        Where engines run; None for the CPU.
+
+    Raises:
+        UsageError: A flag for a GPU without a backend that has one.
+    """
+    names = "dtype", "engines", "max_vram", "device"
+    given = [name for name in names if values[name] is not None]
+    if values["backend"] == _CPU:
+        if given:
+            flag = given[0].replace("_", "-")
+            raise click.UsageError(f"--{flag} is for a GPU. Add --backend {BACKENDS[0]}.")
+        return None
+    frames = min(options.num_frames, options.base_num_frames)
+    limits = VideoLimits(options.height, options.width, frames, options.causal_block_size)
+    most = None if values["max_vram"] is None else values["max_vram"] * _MEGABYTE
+    return DeviceOptions(
+        values["backend"],
+        limits,
+        values["dtype"] or "bf16",
+        values["engines"],
+        most,
+        values["device"] or 0,
+    )
 
 
 def make_say(quiet: bool) -> Callable[[str], None]:

@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from mc_engines.command import INTERRUPTED, command
 from mc_engines.errors import require
 from mc_runtime.display import Display
-from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
+from mc_runtime.flags import (
+    FILE,
+    INPUT,
+    choose_device,
+    choose_options,
+    device_flags,
+    make_say,
+    setting_options,
+)
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
@@ -82,6 +90,7 @@ class _Run:
 @click.option("--replay", type=INPUT, help="A trace whose decisions are forced.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@device_flags
 @setting_options()
 @click.pass_context
 def main(
@@ -121,7 +130,12 @@ def main(
         pipeline = VideoPipeline(pipeline.bundle, values["threads"])
     run = _prepare(pipeline, values, given, output, save_latents, trace)
     check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
+    device = choose_device(values, run.options)
+    if device is not None:
+        pipeline.use_device(device)
     interrupted = _generate(run, record, quiet)
+    if device is not None and pipeline.device is not None:
+        pipeline.device.keep_compiled()
     if interrupted:
         ctx.exit(INTERRUPTED)
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from mc_engines.errors import EngineError
 from mc_runtime.denoise import Request, Window, denoise_window
 from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.sampler import sampler_table
 from mc_runtime.schedule import Window as WindowPlan
-from mc_runtime.transformer import Transformer
 from mc_runtime.vae import VaeDecoder, VaeState, to_uint8
 from motioncache import DecisionTrace, DistanceTable, Policy
 
@@ -115,7 +115,7 @@ class Generation(Iterator[Chunk]):
 def generate_chunks(
     inputs: Inputs,
     plan: RunPlan,
-    transformer: Transformer,
+    passes: Passes,
     decoder: VaeDecoder | None,
     policy: Policy,
     callback: Callable[[Progress], None],
@@ -125,7 +125,7 @@ def generate_chunks(
     Args:
         inputs: Tensors and settings.
         plan: Of the run.
-        transformer: Engines and weights.
+        passes: Of the transformer.
         decoder: Makes frames of latents; None leaves them out.
         policy: Decides which tokens are recomputed; has accepted the shape of the run.
         callback: Called after every row of the schedule.
@@ -135,7 +135,7 @@ def generate_chunks(
         video. Its iterator raises EngineError where an engine fails or computes NaN.
     """
     trace = DecisionTrace.empty(plan.shape, _describe(inputs, plan, policy))
-    chunks = _generate(inputs, plan, transformer, decoder, policy, callback, trace)
+    chunks = _generate(inputs, plan, passes, decoder, policy, callback, trace)
     return Generation(trace, chunks)
 
 
@@ -160,7 +160,7 @@ def _describe(inputs: Inputs, plan: RunPlan, policy: Policy) -> dict[str, Any]:
 def _generate(
     inputs: Inputs,
     plan: RunPlan,
-    transformer: Transformer,
+    passes: Passes,
     decoder: VaeDecoder | None,
     policy: Policy,
     callback: Callable[[Progress], None],
@@ -173,7 +173,7 @@ def _generate(
     video[:, :given] = inputs.prefix[:, :given]
     for first in range(0, given, size):
         yield output.emit(video[:, first : first + size].copy(), {})
-    request = _request(inputs, plan, transformer, policy, trace)
+    request = _request(inputs, plan, passes, policy, trace)
     histories: list[dict[int, NDArray[np.float32]]] = [{} for _ in inputs.embeddings]
     for number, cut in enumerate(plan.windows):
         if policy.reset_history:
@@ -215,7 +215,7 @@ def _new_frames(cut: WindowPlan, size: int) -> dict[int, slice]:
 def _request(
     inputs: Inputs,
     plan: RunPlan,
-    transformer: Transformer,
+    passes: Passes,
     policy: Policy,
     trace: DecisionTrace,
 ) -> Request:
@@ -225,11 +225,11 @@ def _request(
         options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
     )
     timesteps = np.append(table.timesteps, [CLEAN_TIMESTEP, options.addnoise_condition])
-    conditions = transformer.encode_timesteps(timesteps, options.fps)
+    conditions = passes.encode_timesteps(timesteps, options.fps)
     return Request(
-        transformer,
+        passes,
         policy,
-        [transformer.encode_context(embedding) for embedding in inputs.embeddings],
+        [passes.encode_context(embedding) for embedding in inputs.embeddings],
         options.guidance_scale,
         table,
         conditions,

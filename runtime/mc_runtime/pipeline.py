@@ -4,7 +4,7 @@ The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `Vae
 `mc_runtime.video` writes the frames.
 """
 
-__all__ = ["Video", "VideoPipeline", "check_policy"]
+__all__ = ["Video", "VideoPipeline"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,16 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.bundle import Bundle
+from mc_engines.device.device import Device
+from mc_engines.device.opening import DeviceOptions, has_engine, open_device
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Runner
+from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
 from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
+from mc_runtime.inputs import check_array, check_policy, pick_texts
 from mc_runtime.options import GenerationOptions
+from mc_runtime.passes import HostPasses, Passes
 from mc_runtime.run_plan import RunPlan, plan_run
 from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
-from mc_runtime.transformer import Transformer, open_transformer
+from mc_runtime.transformer import Transformer, TransformerConfig, open_transformer
 from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
-from motioncache import DecisionTrace, Policy, RunShape, choose_policy, replay
+from motioncache import DecisionTrace, Policy, choose_policy, replay
 
 FAMILY = "skyreels"
 IMAGE_REFUSED = (
@@ -68,6 +73,28 @@ class VideoPipeline:
             )
         self.bundle = bundle
         self.threads = threads
+        self._device_options: DeviceOptions | None = None
+
+    def use_device(self, options: DeviceOptions) -> None:
+        """Run on a GPU from now on, to be called before the first generation.
+
+        Args:
+            options: Which engines, and for which sizes.
+        """
+        self._device_options = options
+
+    @cached_property
+    def device(self) -> Device | None:
+        """The GPU with the engines of the transformer, and of other parts as far as there are any.
+
+        Raises EngineError where one is missing, and says which command makes it.
+        """
+        options = self._device_options
+        if options is None:
+            return None
+        wanted = [name for name in OPTIONAL_PARTS if name in self.bundle.manifest.components]
+        others = [name for name in wanted if has_engine(self.bundle, options, name)]
+        return open_device(self.bundle, options, [*ON_DEVICE, *others])
 
     @classmethod
     def from_bundle(cls, path: str | Path, threads: int | None = None) -> "VideoPipeline":
@@ -90,6 +117,18 @@ class VideoPipeline:
     def transformer(self) -> Transformer:
         """The transformer's engines."""
         return open_transformer(self.bundle, self.threads)
+
+    @property
+    def passes(self) -> Passes:
+        """What the loop asks of the transformer."""
+        return HostPasses(self.transformer) if self.device is None else self._device_passes
+
+    @cached_property
+    def _device_passes(self) -> DevicePasses:
+        assert self.device is not None
+        timestep = open_runner(self.bundle, "timestep", "fp32", self.threads)
+        config = TransformerConfig.from_manifest(self.bundle.manifest.config["transformer"])
+        return open_device_passes(self.device, config, timestep)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -121,6 +160,10 @@ class VideoPipeline:
         return VaeEncoder(first, later, self._vae_config)
 
     def _open(self, component: str) -> Runner:
+        if self.device is not None and component in self.device.engines:
+            outputs = self.device.engines[component].graph.outputs
+            states = {spec.name for spec in outputs if spec.name.startswith("next_state")}
+            return self.device.runner(component, frozenset(states))
         return open_runner(self.bundle, component, "fp32", self.threads)
 
     @property
@@ -211,11 +254,11 @@ class VideoPipeline:
         decoder = self.decoder if decode else None
         noise = self._noise(latents, chosen)
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
-        picked = _pick_texts(*texts, plan.shape.branches)
+        picked = pick_texts(*texts, plan.shape.branches)
         embeddings = tuple(self.embed_text(*pair, note) for pair in picked)
         first = self._encode_prefix(video, chosen)
         inputs = Inputs(embeddings, noise, first, chosen, self.bundle.model_hash)
-        return generate_chunks(inputs, plan, self.transformer, decoder, chosen_policy, callback)
+        return generate_chunks(inputs, plan, self.passes, decoder, chosen_policy, callback)
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
         """Generate a whole video.
@@ -301,7 +344,7 @@ class VideoPipeline:
         if latents is None:
             return self.draw_noise(options)
         frames = self.grid.latent_frames(options.num_frames)
-        _check_array("latents", latents, self._latent_shape(frames, options))
+        check_array("latents", latents, self._latent_shape(frames, options))
         return latents
 
     def embed_text(
@@ -323,7 +366,7 @@ class VideoPipeline:
         """
         if not isinstance(text, str):
             text_dim = self.bundle.manifest.config["transformer"]["text_dim"]
-            _check_array(f"{name}_embeds", text, (1, "T", text_dim))
+            check_array(f"{name}_embeds", text, (1, "T", text_dim))
             return text
         encoder = self.text_encoder
         limit = int(self.bundle.manifest.config["text_encoder"]["max_tokens"])
@@ -334,61 +377,3 @@ class VideoPipeline:
                 f"The last {encoded.cut} were cut."
             )
         return encoded.embedding
-
-
-def check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
-    """Refuse a policy that does not fit a run; note one whose preset was made for another.
-
-    Args:
-        policy: Of the run.
-        shape: Of the run.
-        note: Called with what the caller should know.
-
-    Raises:
-        ValueError: The policy does not fit.
-    """
-    policy.check(shape)
-    if policy.made_for_steps not in (None, shape.steps):
-        note(
-            f"{policy.name}:{policy.preset}: expected {policy.made_for_steps} steps, for which the "
-            f"preset was made, got {shape.steps}. Run mc-calibrate with these."
-        )
-
-
-def _pick_texts(
-    positive: tuple[str | None, Embedding | None],
-    negative: tuple[str | None, Embedding | None],
-    branches: int,
-) -> list[tuple[str, str | Embedding]]:
-    """The text or embedding of each branch, under its name; no negative prompt is an empty one."""
-    if all(value is None for value in negative):
-        negative = "", None
-    given = [("prompt", positive), ("negative_prompt", negative)]
-    return [_pick(name, *values) for name, values in given[:branches]]
-
-
-def _pick(name: str, text: str | None, embedding: Embedding | None) -> tuple[str, str | Embedding]:
-    """The one of both that is given."""
-    given = [value for value in (text, embedding) if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"{name}: expected either {name} or {name}_embeds, "
-            f"got {'both' if given else 'neither'}. Pass one of them."
-        )
-    return name, given[0]
-
-
-def _check_array(name: str, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:
-    """Refuse an array of another dtype or shape, or with NaN; a symbol stands for any size."""
-    fits = array.ndim == len(shape) and all(
-        isinstance(expected, str) or size == expected
-        for size, expected in zip(array.shape, shape, strict=True)
-    )
-    if not fits or array.dtype != np.float32:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(
-            f"{name}: expected float32 ({wanted}), got {array.dtype} {array.shape}. "
-            "Its sizes follow from the model, num_frames, height and width."
-        )
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity.")

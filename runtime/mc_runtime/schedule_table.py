@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_runtime.distances import measure_distances
+from mc_runtime.inputs import check_policy
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline, check_policy
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.sampler import sigma_table
 from motioncache import DistanceTable, Plan, Policy, RunShape
 from motioncache.config import switches

@@ -12,7 +12,10 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "encode_timesteps",
+    "map_visible",
     "open_transformer",
+    "pad_rows",
+    "round_up_to_bucket",
 ]
 
 import math
@@ -111,21 +114,6 @@ class KeyCache:
         self.keys = [np.zeros(shape, np.float32) for _ in range(config.layers)]
         self.values = [np.zeros(shape, np.float32) for _ in range(config.layers)]
 
-    def map_visible(self, first: int, rows: Array, tokens: int) -> NDArray[np.int32]:
-        """Say where the keys that a chunk sees lie: its own and those before it.
-
-        Args:
-            first: Slot of the chunk's first token.
-            rows: The chunk's tokens that are recomputed, shape (K,).
-            tokens: L.
-
-        Returns:
-            s for a key in slot s, S + j for that of recomputed token j; shape (first + L,).
-        """
-        visible = np.arange(first + tokens, dtype=np.int32)
-        visible[first + rows] = self.slots + np.arange(len(rows), dtype=np.int32)
-        return visible
-
     def write(self, layer: int, slots: Array | slice, keys: Array, values: Array) -> None:
         """Put new rows (1, H, K, D) of a layer into their slots."""
         self.keys[layer][:, :, slots] = keys
@@ -162,14 +150,8 @@ class Transformer:
         )
 
     def bucket(self, recomputed: int, tokens: int) -> int:
-        """Return how many tokens go through the blocks for K recomputed ones of L.
-
-        Example:
-            With the buckets 0.25, 0.5 and 1, L = 100: 0 for 0, 25 for 3, 50 for 26.
-        """
-        sizes = (math.ceil(share * tokens) for share in self.buckets)
-        fitting = [size for size in sizes if size >= recomputed]
-        return min(fitting, default=recomputed) if recomputed else 0
+        """Return how many tokens go through the blocks; see `round_up_to_bucket`."""
+        return round_up_to_bucket(self.buckets, recomputed, tokens)
 
     def encode_context(self, embedding: NDArray[np.float32]) -> list[dict[str, Array]]:
         """Compute the keys and values of a prompt, once per prompt.
@@ -223,8 +205,8 @@ class Transformer:
         tokens, count = x.shape[1], len(rows)
         whole = count == tokens
         slots = slice(first, first + tokens) if whole else first + rows
-        kv_map = cache.map_visible(first, rows, tokens)
-        rows = np.pad(rows, (0, self.bucket(count, tokens) - count), mode="edge")
+        kv_map = map_visible(cache.slots, first, rows, tokens)
+        rows = pad_rows(rows, self.bucket(count, tokens))
         inputs: dict[str, Array] = {
             "frame_ids": np.zeros(len(rows), np.int32),
             "modulation": modulation,
@@ -277,6 +259,40 @@ class Transformer:
         if previous is None:
             motion[0] = motion[min(1, frames - 1)]
         return motion
+
+
+def map_visible(slots: int, first: int, rows: NDArray[np.intp], tokens: int) -> NDArray[np.int32]:
+    """Say where the keys that a chunk sees lie: its own and those before it.
+
+    Args:
+        slots: S of the cache.
+        first: Slot of the chunk's first token.
+        rows: The chunk's tokens that are recomputed, shape (K,).
+        tokens: L.
+
+    Returns:
+        s for a key in slot s, S + j for that of recomputed token j; shape (first + L,).
+    """
+    visible = np.arange(first + tokens, dtype=np.int32)
+    visible[first + rows] = slots + np.arange(len(rows), dtype=np.int32)
+    return visible
+
+
+def round_up_to_bucket(buckets: Sequence[float], recomputed: int, tokens: int) -> int:
+    """Return how many tokens go through the blocks for K recomputed ones of L.
+
+    Example:
+        >>> [round_up_to_bucket((0.25, 0.5, 1), count, 100) for count in (0, 3, 26)]
+        [0, 25, 50]
+    """
+    sizes = (math.ceil(share * tokens) for share in buckets)
+    fitting = [size for size in sizes if size >= recomputed]
+    return min(fitting, default=recomputed) if recomputed else 0
+
+
+def pad_rows(rows: NDArray[np.intp], size: int) -> NDArray[np.intp]:
+    """Repeat the last of the recomputed rows until there are as many as a bucket has."""
+    return np.pad(rows, (0, size - len(rows)), mode="edge")
 
 
 def encode_timesteps(

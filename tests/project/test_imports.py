@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 OPTIONAL = (
-    *("torch", "onnx", "onnxscript", "onnxruntime", "av", "tensorrt", "tensorrt_rtx", "psutil"),
+    *(
+        "torch",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "av",
+        "tensorrt",
+        "tensorrt_rtx",
+        "psutil",
+        "cuda",
+    ),
     *("transformers", "diffusers", "huggingface_hub", "safetensors"),
 )
 WITHOUT = """

@@ -50,7 +50,7 @@ def test_it_holds_the_four_packages_with_their_types_the_small_model_and_nothing
     expected = {f"{package}/py.typed" for package in PACKAGES} | {
         path.relative_to(outer).as_posix()
         for package, outer in PACKAGES.items()
-        for pattern in ("*.py", "*.schema.json")
+        for pattern in ("*.py", "*.cu", "*.schema.json")
         for path in (outer / package).rglob(pattern)
     }
     mini = ROOT / "export" / "mc_export" / "skyreels_mini"

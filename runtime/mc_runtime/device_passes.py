@@ -1,0 +1,351 @@
+"""Passes on a GPU: everything between the latents and the velocity stays there.
+
+Neighbours: `HostPasses` computes the same in ONNX Runtime; `open_device` in mc_engines loads the
+engines. A pass uploads indices and one row of modulation, puts its work on the stream, and waits
+once, in `read`. The blocks of a pass are recorded as a CUDA graph when they are met for the second
+time in the same shapes, and replayed from then on.
+
+Axes: L tokens of a chunk, K recomputed tokens (padded up to a bucket), S cache slots, M visible
+slots, T text tokens, C channels, H heads, D head size.
+"""
+
+__all__ = ["ON_DEVICE", "OPTIONAL_PARTS", "DeviceBranch", "DevicePasses", "open_device_passes"]
+
+import math
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_engines.device.arrays import DeviceArray, allocate_array
+from mc_engines.device.cuda import Graph
+from mc_engines.device.device import Device
+from mc_engines.device.weights import LayerWeights
+from mc_engines.runner import Array, Runner
+from mc_engines.timed_runner import Clock
+from mc_runtime.device_room import MEMORY_REMEDY, Room, open_room
+from mc_runtime.passes import Angles, Reading
+from mc_runtime.transformer import (
+    Conditions,
+    TransformerConfig,
+    encode_timesteps,
+    map_visible,
+    pad_rows,
+    round_up_to_bucket,
+)
+
+ON_DEVICE = "text_projection", "context", "embed", "block", "combine", "head", "motion"
+OPTIONAL_PARTS = (  # run in ONNX Runtime where there is no engine
+    *("text_layer", "text_norm", "vae_encoder_first", "vae_encoder_next"),
+    *("vae_decoder_first", "vae_decoder_next"),
+)
+_BRANCHES = 2  # cond and uncond, for which room is kept
+_PADDING = -1  # slot of a copy that is not to be kept
+Contexts = Sequence[Mapping[str, DeviceArray]]
+
+
+@dataclass(eq=False)
+class DeviceBranch:
+    """What a branch remembers, on the GPU.
+
+    Attributes:
+        context: Keys and values of the prompt by layer.
+        angles: cos and sin by chunk.
+        keys: By layer, shape (1, H, S, D).
+        values: By layer, shape (1, H, S, D).
+        residuals: By chunk, shape (1, L, C).
+        kv_maps: By chunk, room for the map of its visible slots, shape (M,).
+        graphs: Recorded passes by chunk and K; None for what was met once.
+    """
+
+    context: Contexts
+    angles: list[tuple[DeviceArray, DeviceArray]]
+    keys: list[DeviceArray]
+    values: list[DeviceArray]
+    residuals: dict[int, DeviceArray] = field(default_factory=dict)
+    kv_maps: dict[int, DeviceArray] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], Graph | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DevicePasses:
+    """Passes in engines on a GPU.
+
+    Attributes:
+        config: Sizes.
+        device: The GPU with the engines.
+        timestep: Runs once per run, on the host.
+        weights: Of the blocks.
+        clock: What the time in passes is added to.
+        rooms: By L.
+    """
+
+    config: TransformerConfig
+    device: Device
+    timestep: Runner
+    weights: LayerWeights
+    clock: Clock = field(default_factory=Clock)
+    rooms: dict[int, Room] = field(default_factory=dict)
+
+    def timed(self, clock: Clock) -> "DevicePasses":
+        """Return the same transformer, whose time on the GPU is added to a clock."""
+        return replace(self, clock=clock)
+
+    @contextmanager
+    def _use(self) -> Generator[None]:
+        """Hold the GPU, and count the time."""
+        with self.device.lock:
+            start = time.perf_counter()
+            self.device.gpu.use()
+            try:
+                yield
+            finally:
+                self.clock.seconds += time.perf_counter() - start
+
+    def bucket(self, recomputed: int, tokens: int) -> int:
+        """Return how many tokens go through the blocks; see `round_up_to_bucket`."""
+        return round_up_to_bucket(self.config.token_buckets, recomputed, tokens)
+
+    def encode_timesteps(self, timesteps: NDArray[np.int64], fps: int) -> Conditions:
+        """Compute the modulation of every timestep, on the host."""
+        return encode_timesteps(self.timestep, self.config, timesteps, fps)
+
+    def encode_context(self, embedding: NDArray[np.float32]) -> list[dict[str, DeviceArray]]:
+        """Compute the keys and values of a prompt; they stay on the GPU."""
+        text = self.device.runner("text_projection").run({"embedding": embedding})
+        context = self.device.runner("context", frozenset({"cross_k", "cross_v"}))
+        layers = range(self.config.layers)
+        return [context.run(text, self.device.load_weights("context", layer)) for layer in layers]
+
+    def open_branch(self, context: Contexts, angles: Sequence[Angles]) -> DeviceBranch:
+        """Open a branch; see `Passes.open_branch`."""
+        with self._use():
+            self.device.unbind()
+            slots = sum(len(cos) for cos, _ in angles)
+            shape = 1, self.config.heads, slots, self.config.head_dim
+            dtype = self.device.engines["block"].spec("k_cache").numpy_dtype
+            keys, values = (
+                [self._allocate(shape, dtype, f"the {kind}") for _ in range(self.config.layers)]
+                for kind in ("keys", "values")
+            )
+            for array in (*keys, *values):
+                self.device.stream.fill_zero(array.address, array.nbytes)
+            placed = [(self._place(cos), self._place(sin)) for cos, sin in angles]
+            return DeviceBranch(context, placed, keys, values)
+
+    def embed(self, patches: NDArray[np.float32]) -> DeviceArray:
+        """Embed a chunk's patches; see `Passes.embed`."""
+        with self._use():
+            room = self._room(patches.shape[1])
+            given = self.device.transfers.upload(patches, room["patches"])
+            self.device.enqueue("embed", {"patches": given}, {"x": room["x"]})
+            return room["x"]
+
+    def evaluate(
+        self,
+        branch: DeviceBranch,
+        chunk: int,
+        x: DeviceArray,
+        rows: NDArray[np.intp],
+        modulation: Array,
+    ) -> DeviceArray:
+        """Compute the block output of a chunk; see `Passes.evaluate`."""
+        with self._use():
+            room, tokens = self._room(x.shape[1]), x.shape[1]
+            row_map = np.arange(tokens, dtype=np.int32)
+            row_map[rows] = tokens + np.arange(len(rows), dtype=np.int32)
+            if len(rows):
+                y = self._recompute(branch, chunk, x, rows, modulation)
+            else:  # the graph wants one row, and uses it nowhere
+                y = room["y0"].reshape(1, 1, self.config.dim)
+                self.device.transfers.upload(np.zeros(1, np.int32), room["rows"])
+            if chunk not in branch.residuals:
+                dtype = self.device.engines["combine"].spec("residual").numpy_dtype
+                branch.residuals[chunk] = self._allocate(x.shape, dtype, "a residual")
+            inputs = {
+                "x": x,
+                "residual": branch.residuals[chunk],
+                "y": y,
+                "rows": room["rows"].reshape(y.shape[1]),
+                "row_map": self.device.transfers.upload(row_map, room["row_map"]),
+            }
+            outputs = {"out": room["out"], "new_residual": room["spare"]}
+            self.device.enqueue("combine", inputs, outputs)
+            room.arrays["spare"] = branch.residuals[chunk]
+            branch.residuals[chunk] = outputs["new_residual"]
+            return outputs["out"]
+
+    def write_keys(
+        self, branch: DeviceBranch, chunk: int, x: DeviceArray, modulation: Array
+    ) -> None:
+        """Run the blocks for the keys alone; see `Passes.write_keys`."""
+        with self._use():
+            self._recompute(branch, chunk, x, np.arange(x.shape[1]), modulation)
+
+    def _recompute(
+        self,
+        branch: DeviceBranch,
+        chunk: int,
+        x: DeviceArray,
+        rows: NDArray[np.intp],
+        modulation: Array,
+    ) -> DeviceArray:
+        """Run all blocks for some tokens; a pass that was met before is replayed.
+
+        Returns:
+            Output of the last block, shape (1, K, C), with copies of the last row up to the bucket.
+        """
+        room, tokens, count = self._room(x.shape[1]), x.shape[1], len(rows)
+        padded = pad_rows(rows, self.bucket(count, tokens))
+        slots = np.full(len(padded), _PADDING, np.int32)
+        slots[:count] = chunk * tokens + rows
+        visible = map_visible(branch.keys[0].shape[2], chunk * tokens, rows, tokens)
+        upload = self.device.transfers.upload
+        upload(padded.astype(np.int32), room["rows"])
+        upload(slots, room["slots"])
+        upload(modulation, room["modulation"])
+        if chunk not in branch.kv_maps:
+            branch.kv_maps[chunk] = self._allocate(visible.shape, visible.dtype, "a key map")
+        upload(visible, branch.kv_maps[chunk])
+        self._run_blocks(branch, chunk, x, len(padded))
+        return room[f"y{self.config.layers % 2}"].reshape(1, len(padded), self.config.dim)
+
+    def _run_blocks(self, branch: DeviceBranch, chunk: int, x: DeviceArray, size: int) -> None:
+        """Enqueue the blocks; record them the second time, replay them from then on."""
+        stream, key = self.device.stream, (chunk, size)
+        graph = branch.graphs.get(key)
+        if graph is None and key in branch.graphs:
+            work = partial(self._enqueue_blocks, branch, chunk, x, size)
+            graph = stream.capture(work)
+            branch.graphs[key] = graph
+        if graph is not None:
+            stream.replay(graph)
+        elif self._enqueue_blocks(branch, chunk, x, size):
+            branch.graphs[key] = None
+
+    def _enqueue_blocks(self, branch: DeviceBranch, chunk: int, x: DeviceArray, size: int) -> bool:
+        """Put the blocks on the stream; return whether that can be recorded."""
+        device, room, config = self.device, self._room(x.shape[1]), self.config
+        rows, slots = room["rows"].reshape(size), room["slots"].reshape(size)
+        move = partial(device.mover.move, device.stream, count=size)
+        sides = {"cos": branch.angles[chunk][0], "sin": branch.angles[chunk][1]}
+        tables = {name: room[name].reshape(size, room[name].shape[1]) for name in sides}
+        for name, table in sides.items():
+            move(table, tables[name], sources=rows)
+        ys = [room[name].reshape(1, size, config.dim) for name in ("y0", "y1")]
+        move(x, ys[0], sources=rows)
+        shape = 1, config.heads, size, config.head_dim
+        new = {name: room[name].reshape(*shape) for name in ("k_new", "v_new")}
+        fixed = {
+            **tables,
+            "frame_ids": room["zeros"].reshape(size),
+            "modulation": room["modulation"],
+            "kv_map": branch.kv_maps[chunk],
+        }
+        recordable = self.weights.stay
+        for layer in range(config.layers):
+            keys, values = branch.keys[layer], branch.values[layer]
+            inputs = {
+                "x": ys[layer % 2],
+                **fixed,
+                **branch.context[layer],
+                "k_cache": keys,
+                "v_cache": values,
+            }
+            weights = self.weights.use(layer)
+            if layer == 0:
+                profile = device.engines["block"].choose_profile({**inputs, **weights})
+            context = device.context("block", profile, layer)
+            context.bind(inputs, weights, {"y": ys[(layer + 1) % 2], **new})
+            context.enqueue(device.stream)
+            self.weights.done(layer)
+            move(new["k_new"], keys, targets=slots)
+            move(new["v_new"], values, targets=slots)
+            recordable = recordable and context.can_be_captured(device.stream)
+        return recordable
+
+    def read(
+        self,
+        out: DeviceArray,
+        head_modulation: Array,
+        motion_frames: int = 0,
+        previous: DeviceArray | None = None,
+    ) -> Reading:
+        """Compute what the host wants of a pass, and wait for it; see `Passes.read`."""
+        with self._use():
+            device, tokens = self.device, out.shape[1]
+            room = self._room(tokens)
+            inputs = {
+                "out": out,
+                "frame_ids": room["zeros"].reshape(tokens),
+                "head_modulation": device.transfers.upload(
+                    head_modulation, room["head_modulation"]
+                ),
+            }
+            device.enqueue("head", inputs, {"patches": room["velocity"]})
+            if not motion_frames:
+                (patches,) = device.transfers.fetch(room["velocity"])
+                return Reading(patches.astype(np.float32))
+            change, last_frame = self._measure_motion(out, motion_frames, previous)
+            patches, motion = device.transfers.fetch(room["velocity"], change)
+            if previous is None:
+                motion[0] = motion[min(1, motion_frames - 1)]
+            return Reading(patches.astype(np.float32), motion, last_frame)
+
+    def _measure_motion(
+        self, out: DeviceArray, frames: int, previous: DeviceArray | None
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """Enqueue the motion of a chunk; return it, and a copy of the last frame."""
+        positions = out.shape[1] // frames
+        before = out.reshape(1, positions, out.shape[2]) if previous is None else previous
+        framed = out.reshape(1, frames, positions, out.shape[2])
+        change = self._allocate((frames, positions), np.dtype(np.float32), "motion")
+        self.device.enqueue("motion", {"out": framed, "previous": before}, {"change": change})
+        last = out.last_rows(positions)
+        kept = self._allocate(last.shape, last.dtype, "a last frame")
+        self.device.stream.copy(kept.address, last.address, last.nbytes)
+        return change, kept
+
+    def to_host(self, values: DeviceArray) -> Array:
+        """Return values as float32 of the host."""
+        with self._use():
+            (array,) = self.device.transfers.fetch(values)
+            return array.astype(np.float32)
+
+    def _room(self, tokens: int) -> Room:
+        """Return the arrays for chunks of L tokens, allocated when they are first needed."""
+        if tokens not in self.rooms:
+            self.rooms[tokens] = open_room(self.device, tokens)
+        return self.rooms[tokens]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> DeviceArray:
+        return allocate_array(self.device.gpu, shape, dtype, f"{what} {shape}", MEMORY_REMEDY)
+
+    def _place(self, array: Array) -> DeviceArray:
+        room = self._allocate(array.shape, array.dtype, "a rotary table")
+        return self.device.transfers.upload(array, room)
+
+
+def open_device_passes(device: Device, config: TransformerConfig, timestep: Runner) -> DevicePasses:
+    """Bring the blocks' weights to a GPU, beside the keys of the largest video.
+
+    Args:
+        device: With the engines of `ON_DEVICE`.
+        config: Sizes.
+        timestep: Runs the component of that name, on the host.
+
+    Returns:
+        The passes.
+
+    Raises:
+        EngineError: Memory is too small.
+    """
+    largest = device.engines["block"].largest("k_cache")
+    itemsize = device.engines["block"].spec("k_cache").numpy_dtype.itemsize
+    keys_and_values = 2 * _BRANCHES * config.layers * math.prod(largest) * itemsize
+    return DevicePasses(config, device, timestep, device.open_weights("block", keys_and_values))

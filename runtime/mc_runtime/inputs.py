@@ -1,0 +1,90 @@
+"""What a caller gives to a generation, held against what the model takes.
+
+Neighbours: `VideoPipeline.generate` calls these before anything is computed.
+"""
+
+__all__ = ["check_array", "check_policy", "pick_texts"]
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motioncache import Policy, RunShape
+
+Embedding = NDArray[np.float32]
+
+
+def check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
+    """Refuse a policy that does not fit a run; note one whose preset was made for another.
+
+    Args:
+        policy: Of the run.
+        shape: Of the run.
+        note: Called with what the caller should know.
+
+    Raises:
+        ValueError: The policy does not fit.
+    """
+    policy.check(shape)
+    if policy.made_for_steps not in (None, shape.steps):
+        note(
+            f"{policy.name}:{policy.preset}: expected {policy.made_for_steps} steps, for which the "
+            f"preset was made, got {shape.steps}. Run mc-calibrate with these."
+        )
+
+
+def pick_texts(
+    positive: tuple[str | None, Embedding | None],
+    negative: tuple[str | None, Embedding | None],
+    branches: int,
+) -> list[tuple[str, str | Embedding]]:
+    """Choose the text or embedding of each branch, under its name.
+
+    Args:
+        positive: Prompt and embedding; one of both.
+        negative: The same for the negative prompt; neither is an empty prompt.
+        branches: 1, or 2 with guidance.
+
+    Returns:
+        Name and value by branch.
+
+    Raises:
+        ValueError: Both are given, or no prompt.
+    """
+    if all(value is None for value in negative):
+        negative = "", None
+    given = [("prompt", positive), ("negative_prompt", negative)]
+    return [_pick(name, *values) for name, values in given[:branches]]
+
+
+def _pick(name: str, text: str | None, embedding: Embedding | None) -> tuple[str, str | Embedding]:
+    """The one of both that is given."""
+    given = [value for value in (text, embedding) if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{name}: expected either {name} or {name}_embeds, "
+            f"got {'both' if given else 'neither'}. Pass one of them."
+        )
+    return name, given[0]
+
+
+def check_array(name: str, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:
+    """Refuse an array of another dtype or shape, or with NaN; a symbol stands for any size.
+
+    Raises:
+        ValueError: The array is refused.
+    """
+    fits = array.ndim == len(shape) and all(
+        isinstance(expected, str) or size == expected
+        for size, expected in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype != np.float32:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{name}: expected float32 ({wanted}), got {array.dtype} {array.shape}. "
+            "Its sizes follow from the model, num_frames, height and width."
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity.")

@@ -1,0 +1,126 @@
+"""`mc-generate --backend`: from engines to a video, with stand-ins for the libraries of GPUs."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from stand_in_driver import StandInDriver
+from stand_in_tensorrt import VERSION, StandInLibrary, make_plan
+
+from mc_engines.building.bounds import VideoLimits, bound_symbols
+from mc_engines.building.compile import Request
+from mc_engines.building.library import Library
+from mc_engines.building.partition import Part, graph_hash
+from mc_engines.building.store import EngineStore, Sidecar
+from mc_engines.bundle import Bundle
+from mc_engines.device import opening
+from mc_engines.device.cuda import Gpu
+from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
+from mc_runtime.generate_cli import main
+
+SIZES = "--height", 32, "--width", 32, "--num-frames", 37, "--num-inference-steps", 4
+ON_GPU = "--backend", "tensorrt-rtx", "--dtype", "fp32"
+
+
+@pytest.fixture
+def driver(monkeypatch) -> StandInDriver:
+    driver = StandInDriver()
+    library = Library("tensorrt-rtx", StandInLibrary(driver))
+    monkeypatch.setattr(opening, "open_library", lambda backend: library)
+    monkeypatch.setattr(opening, "open_gpu", lambda ordinal: Gpu(driver, ordinal))
+    monkeypatch.setattr(opening, "compile_kernels", lambda capability: b"cubin 86")
+    return driver
+
+
+@pytest.fixture
+def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A folder of engines for 32 x 32 pixels, of all parts that run on a GPU."""
+    store = EngineStore(Bundle.open(tiny_bundle), tmp_path / "engines")
+    symbols = bound_symbols(store.bundle.manifest.config, VideoLimits(32, 32, 97, 5))
+    for name in (*ON_DEVICE, *OPTIONAL_PARTS):
+        graph = store.bundle.graph(name, "fp32")
+        (profile,) = Request((), [symbols]).bound(graph)
+        plan = make_plan(store.bundle.graph_path(name, "fp32"), [profile])
+        sidecar = Sidecar(
+            component=name,
+            layers=(),
+            form="fp32",
+            backend="tensorrt-rtx",
+            version=VERSION,
+            targets=(86,),
+            left_out={},
+            profiles=(profile,),
+            graph=graph_hash(store.bundle, Part(name), "fp32"),
+            inputs=hashlib.sha256(name.encode()).hexdigest(),
+            fused_attention=None,
+            size=len(plan),
+            sha256=hashlib.sha256(plan).hexdigest(),
+            seconds=0.1,
+        )
+        store.add(sidecar, plan)
+    return tmp_path / "engines"
+
+
+def run(bundle: Path, target: Path, *arguments: object, code: int = 0):
+    latents = target.with_suffix(".npz")
+    command = [bundle, "--prompt", "a", "-o", target, "--save-latents", latents, *SIZES, *arguments]
+    result = CliRunner().invoke(main, [str(argument) for argument in command])
+    assert result.exit_code == code, result.output
+    return result, latents
+
+
+def test_a_video_from_engines_is_that_of_the_cpu(tiny_bundle, tmp_path, folder, driver):
+    _, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
+    _, expected = run(tiny_bundle, tmp_path / "cpu.mp4")
+    assert driver.launches and driver.replays and not driver.faults
+    with np.load(given) as ours, np.load(expected) as theirs:
+        np.testing.assert_allclose(ours["latents"], theirs["latents"], atol=2e-5)
+    caches = list(folder.rglob("*.sm86.cache"))
+    assert len(caches) == len(ON_DEVICE) + len(OPTIONAL_PARTS)
+
+
+def test_an_engine_that_is_missing_is_named_with_the_command_that_makes_it(
+    tiny_bundle, tmp_path, folder, driver
+):
+    for path in folder.rglob("head.*"):
+        path.unlink()
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *ON_GPU, "--engines", folder, code=1)
+    assert "head.fp32: expected an engine of tensorrt-rtx" in result.output
+    assert "Run: mc-build" in result.output and "--height 32" in result.output
+
+
+def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder, driver):
+    for path in folder.rglob("vae_decoder_*"):
+        path.unlink()
+    _, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
+    assert given.exists()
+
+
+def test_a_larger_video_than_there_are_engines_for_is_refused(
+    tiny_bundle, tmp_path, folder, driver
+):
+    more = "--height", 64, "--engines", folder
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *ON_GPU, *more, code=1)
+    assert "Run: mc-build" in result.output and "--height 64" in result.output
+
+
+def test_a_gpu_of_another_generation_is_refused(tiny_bundle, tmp_path, folder, driver):
+    driver.capability = (8, 9)
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *ON_GPU, "--engines", folder, code=1)
+    assert "got one for SM86" in result.output and "--sm 89" in result.output
+
+
+@pytest.mark.parametrize("flag", ["--dtype=fp16", "--engines=x", "--max-vram=100", "--device=0"])
+def test_a_flag_for_a_gpu_wants_a_backend(tiny_bundle, tmp_path, flag):
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", flag, code=2)
+    assert f"{flag.partition('=')[0]} is for a GPU. Add --backend tensorrt-rtx." in result.output
+
+
+def test_no_driver_is_said_with_the_way_out(tiny_bundle, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra rtx)")
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a driver")
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", "--backend", "tensorrt-rtx", code=1)
+    assert "GPU: expected an NVIDIA driver, got none." in result.output

@@ -1,0 +1,489 @@
+"""Passes on a GPU, against those in ONNX Runtime: the stand-in computes with the same graphs.
+
+What is shown is the control flow: order, addresses, events, recorded graphs, streamed weights. No
+engine was executed by TensorRT here. Each planted fault has to be noticed.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from stand_in_driver import StandInDriver
+from stand_in_tensorrt import StandInLibrary, make_plan
+
+from mc_engines.building.bounds import VideoLimits, bound_symbols, bound_tensor
+from mc_engines.building.library import Library
+from mc_engines.device.arrays import Transfers
+from mc_engines.device.cuda import Gpu, Stream
+from mc_engines.device.device import Device, Plan
+from mc_engines.device.engine import Context
+from mc_engines.device.kernels import RowMover
+from mc_engines.device.weights import ResidentWeights, StreamedWeights
+from mc_engines.errors import EngineError
+from mc_runtime import device_passes
+from mc_runtime.device_passes import DevicePasses
+from mc_runtime.options import GenerationOptions
+from mc_runtime.passes import HostPasses
+from mc_runtime.pipeline import VideoPipeline
+from motioncache import Policy, make_policy
+from motioncache.config import FIXED
+
+COMPONENTS = "text_projection", "context", "embed", "block", "combine", "head", "motion"
+OPTIONS = GenerationOptions(
+    num_frames=37, height=32, width=32, num_inference_steps=8, ar_step=3, guidance_scale=3.0
+)
+TWO_WINDOWS = replace(OPTIONS, num_frames=57, base_num_frames=37)
+RULE = {
+    "threshold": 1.0,
+    "coefficients": (1.0, 0.0),
+    "warmup_steps": 1,
+    "coarse_updates": 1,
+    "vote_threshold": None,
+    "min_update_ratio": 0.0,
+    "weight_floor": 0.5,
+}
+BLOCK_OUTPUT = {"compat": replace(FIXED, latent_motion=False)}
+POLICIES: dict[str, Callable[[], Policy | str]] = {
+    "none": lambda: "none",
+    "motion of latents": lambda: make_policy("motioncache", RULE),
+    "motion of block output": lambda: make_policy(
+        "motioncache", RULE | {"compat": replace(FIXED, latent_motion=False)}
+    ),
+}
+
+
+class FourLayers(Device):
+    """The two layers of the tiny model, and twice as small ones after them."""
+
+    def count_layers(self, component: str) -> int:
+        return 4
+
+    def load_weights(self, component: str, layer: int) -> dict[str, np.ndarray]:
+        weights = super().load_weights(component, layer % 2)
+        return {name: array / (1 + layer // 2) for name, array in weights.items()}
+
+
+class OtherPasses(VideoPipeline):
+    """A pipeline whose passes are given."""
+
+    passes = None
+
+
+class Setup:
+    """A stand-in GPU with the tiny model on it, four layers of it, and both ways to run it."""
+
+    def __init__(
+        self, tiny: VideoPipeline, stream_weights: bool = False, eager: bool = False, most: int = 32
+    ) -> None:
+        self.driver = StandInDriver(eager=eager)
+        self.tiny = tiny
+        library = Library("tensorrt-rtx", StandInLibrary(self.driver))
+        bundle = tiny.bundle
+        symbols = bound_symbols(bundle.manifest.config, VideoLimits(most, most, 97, 5))
+        plans = {}
+        for name in COMPONENTS:
+            graph = bundle.graph(name, "fp32")
+            specs = (*graph.inputs, *graph.weights)
+            profile = {spec.name: bound_tensor(spec, symbols) for spec in specs}
+            plan = make_plan(bundle.graph_path(name, "fp32"), [profile])
+            plans[name] = Plan(graph, plan, name)
+        budget = 0 if stream_weights else None
+        gpu = Gpu(self.driver)
+        self.device = FourLayers(gpu, library, bundle, "fp32", plans, b"cubin 86", budget)
+        config, runners = replace(tiny.transformer.config, layers=4), tiny.transformer.runners
+        weights = self.device.open_weights("block", 0)
+        self.passes = DevicePasses(config, self.device, runners["timestep"], weights)
+        transformer = replace(
+            tiny.transformer,
+            config=config,
+            buckets=config.token_buckets,
+            block_weights=partial(self.device.load_weights, "block"),
+            context_weights=partial(self.device.load_weights, "context"),
+        )
+        self.host = HostPasses(transformer)
+
+    def generate(self, passes, policy: Policy | str, options: GenerationOptions = OPTIONS):
+        """A run without frames."""
+        pipeline = OtherPasses(self.tiny.bundle, self.tiny.threads)
+        pipeline.passes = passes
+        return pipeline.run("a red circle", policy=policy, options=options, decode=False)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("stream_weights", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_on_a_gpu_is_the_run_on_the_cpu(tiny, policy, stream_weights, eager) -> None:
+    setup = Setup(tiny, stream_weights, eager)
+    video = setup.generate(setup.passes, POLICIES[policy](), TWO_WINDOWS)
+    expected = setup.generate(setup.host, POLICIES[policy](), TWO_WINDOWS)
+    assert setup.driver.faults == []
+    np.testing.assert_allclose(video.latents, expected.latents, atol=2e-5)
+    np.testing.assert_array_equal(video.trace.mode, expected.trace.mode)
+    np.testing.assert_array_equal(video.trace.bucket, expected.trace.bucket)
+    assert (setup.driver.replays > 0) != stream_weights
+
+
+def test_a_pass_waits_for_the_gpu_once(tiny) -> None:
+    setup = Setup(tiny)
+    passes = setup.passes
+    waits = []
+
+    class Counting(DevicePasses):
+        def read(self, *arguments):
+            before = setup.driver.waits
+            reading = super().read(*arguments)
+            waits.append(setup.driver.waits - before)
+            return reading
+
+    counting = Counting(passes.config, passes.device, passes.timestep, passes.weights)
+    counting.timed = lambda clock: counting
+    before = setup.driver.waits
+    video = setup.generate(counting, POLICIES["motion of block output"]())
+    assert set(waits) == {1}
+    prompts = 2 * (1 + passes.config.layers)  # text projection and context of both branches
+    assert setup.driver.waits - before == len(waits) + prompts
+    counted = video.trace.count()
+    assert len(waits) == counted["full"] + counted["partial"] + counted["reuse"]
+
+
+def test_nothing_of_a_finished_window_stays_on_the_gpu(tiny) -> None:
+    setup = Setup(tiny)
+    setup.generate(setup.passes, "none")
+    used = setup.driver.total - setup.driver.cuMemGetInfo()[1]
+    setup.generate(setup.passes, "none")
+    assert setup.driver.total - setup.driver.cuMemGetInfo()[1] == used
+
+
+def test_a_video_larger_than_the_profiles_is_refused(tiny) -> None:
+    setup = Setup(tiny, most=16)
+    with pytest.raises(EngineError, match=r"embed: 'patches': expected a shape .* Build it for"):
+        setup.generate(setup.passes, "none")
+
+
+def test_not_enough_memory_says_for_what_and_what_helps(tiny) -> None:
+    setup = Setup(tiny)
+    setup.driver.total -= setup.driver.cuMemGetInfo()[1] - 10_000
+    angles = [(np.zeros((80, 32), np.float32),) * 2]
+    message = r"GPU memory: expected .* MB for the keys \(1, .*, got 0.0 MB free .* Pass --max-vram"
+    with pytest.raises(EngineError, match=message):
+        setup.passes.open_branch([], angles)
+
+
+def test_not_finite_values_name_their_component(tiny, monkeypatch) -> None:
+    setup = Setup(tiny)
+    upload = Transfers.upload
+
+    def spoil(self, array, target):
+        spoilt = array.dtype == np.float32 and array.shape[1:2] == (6,)
+        return upload(self, array * np.float32(np.nan) if spoilt else array, target)
+
+    monkeypatch.setattr(Transfers, "upload", spoil)
+    with pytest.raises(EngineError, match="block: expected finite values, got NaN"):
+        setup.generate(setup.passes, "none")
+
+
+# Faults: each patches something, and the run has to differ, or to fail.
+
+
+def swap_layers(patch) -> None:
+    use = ResidentWeights.use
+    patch(ResidentWeights, "use", lambda self, layer: use(self, layer ^ 1))
+
+
+def one_layer_for_all(patch) -> None:
+    use = ResidentWeights.use
+    patch(ResidentWeights, "use", lambda self, layer: use(self, 0))
+
+
+def free_keys_too_early(patch) -> None:
+    open_branch = DevicePasses.open_branch
+
+    def forget(self, context, angles):
+        branch = open_branch(self, context, angles)
+        memory = branch.keys[0].memory
+        branch.keys[0] = replace(branch.keys[0], memory=replace(memory))  # nobody keeps the block
+        return branch
+
+    patch(DevicePasses, "open_branch", forget)
+
+
+def keep_no_arrays(patch) -> None:
+    enqueue = Context.enqueue
+
+    def forget(self, stream):
+        enqueue(self, stream)
+        self.unbind()
+        for name in list(self._raw.addresses):
+            self._raw.addresses[name] += 1 << 30
+
+    bind = Context.bind
+
+    def only_once(self, inputs, weights, outputs):
+        if not self._raw.addresses:
+            bind(self, inputs, weights, outputs)
+        self._bound = {"x": None}
+
+    patch(Context, "enqueue", forget)
+    patch(Context, "bind", only_once)
+
+
+def bind_once_and_never_again(patch) -> None:
+    bind = Context.bind
+
+    def once(self, inputs, weights, outputs):
+        if not self._bound:
+            bind(self, inputs, weights, outputs)
+
+    patch(Context, "bind", once)
+
+
+def stale_kv_map(patch) -> None:
+    skip_second_upload(patch, lambda array, target: target.memory.purpose.startswith("a key map"))
+
+
+def stale_rows(patch) -> None:
+    skip_second_upload(patch, lambda array, target: array.dtype == np.int32 and array.size < 20)
+
+
+def stale_modulation(patch) -> None:
+    skip_second_upload(patch, lambda array, target: array.shape[1:2] == (6,))
+
+
+def stale_head_modulation(patch) -> None:
+    skip_second_upload(patch, lambda array, target: array.ndim == 2 and len(array) == 1)
+
+
+def skip_second_upload(patch, chosen) -> None:
+    upload, seen = Transfers.upload, set()
+
+    def skip(self, array, target):
+        if chosen(array, target) and target.address in seen:
+            return target.reshape(*array.shape)
+        seen.add(target.address)
+        return upload(self, array, target)
+
+    patch(Transfers, "upload", skip)
+
+
+def name_no_new_keys(patch) -> None:
+    patch(
+        device_passes,
+        "map_visible",
+        lambda slots, first, rows, tokens: np.arange(first + tokens, dtype=np.int32),
+    )
+
+
+def name_the_key_beside_it(patch) -> None:
+    map_visible = device_passes.map_visible
+
+    def shift(slots, first, rows, tokens):
+        visible = map_visible(slots, first, rows, tokens)
+        return np.where(visible < slots, np.maximum(visible - 1, 0), visible)
+
+    patch(device_passes, "map_visible", shift)
+
+
+def too_small_bucket(patch) -> None:
+    patch(DevicePasses, "bucket", lambda self, recomputed, tokens: max(1, recomputed - 1))
+
+
+def keep_no_keys(patch) -> None:
+    leave_out_moves(patch, "a key")
+
+
+def write_keys_to_the_wrong_chunk(patch) -> None:
+    move = RowMover.move
+
+    def shift(self, stream, source, target, count, **rows):
+        if "targets" in rows:
+            target = replace(target, offset=target.offset + target.shape[-1] * 4)
+        move(self, stream, source, target, count, **rows)
+
+    patch(RowMover, "move", shift)
+
+
+def do_not_gather_angles(patch) -> None:
+    move = RowMover.move
+
+    def first_rows(self, stream, source, target, count, **rows):
+        angles = source.memory.purpose.startswith("a rotary")
+        move(self, stream, source, target, count, **({} if angles else rows))
+
+    patch(RowMover, "move", first_rows)
+
+
+def leave_out_moves(patch, what) -> None:
+    move = RowMover.move
+
+    def leave_out(self, stream, source, target, count, **rows):
+        if not target.memory.purpose.startswith("the keys"):
+            move(self, stream, source, target, count, **rows)
+
+    patch(RowMover, "move", leave_out)
+
+
+def read_before_the_gpu_is_done(patch) -> None:
+    patch(Stream, "synchronise", lambda self: None)
+
+
+def use_pinned_memory_again_at_once(patch) -> None:
+    patch(Transfers, "_claim", lambda self, size: 0)
+
+
+def record_before_the_first_run(patch) -> None:
+    run_blocks = DevicePasses._run_blocks
+
+    def record(self, branch, chunk, x, size):
+        branch.graphs.setdefault((chunk, size), None)
+        run_blocks(self, branch, chunk, x, size)
+
+    patch(DevicePasses, "_run_blocks", record)
+
+
+def replay_another_chunks_graph(patch) -> None:
+    run_blocks = DevicePasses._run_blocks
+
+    def confuse(self, branch, chunk, x, size):
+        run_blocks(self, branch, chunk, x, size)
+        graph = branch.graphs.get((0, size))
+        if chunk and graph is not None:
+            branch.graphs[chunk, size] = graph
+
+    patch(DevicePasses, "_run_blocks", confuse)
+
+
+def share_a_graph_between_branches(patch) -> None:
+    open_branch, shared = DevicePasses.open_branch, {}
+
+    def share(self, context, angles):
+        branch = open_branch(self, context, angles)
+        branch.graphs = shared
+        return branch
+
+    patch(DevicePasses, "open_branch", share)
+
+
+def keep_an_old_residual(patch) -> None:
+    evaluate = DevicePasses.evaluate
+
+    def keep(self, branch, chunk, x, rows, modulation):
+        old = branch.residuals.get(chunk)
+        out = evaluate(self, branch, chunk, x, rows, modulation)
+        if old is not None:
+            branch.residuals[chunk] = old
+        return out
+
+    patch(DevicePasses, "evaluate", keep)
+
+
+def scratch_over_activations(patch) -> None:
+    run_blocks = DevicePasses._run_blocks
+
+    def overlap(self, branch, chunk, x, size):
+        for context in self.device._contexts.values():
+            context._raw.scratch = x.address, 64
+        run_blocks(self, branch, chunk, x, size)
+
+    patch(DevicePasses, "_run_blocks", overlap)
+
+
+def start_motion_anywhere(patch) -> None:
+    measure = DevicePasses._measure_motion
+
+    def forget(self, out, frames, previous):
+        change, last = measure(self, out, frames, previous)
+        return change, out.last_rows(last.shape[1])  # no copy: the next pass writes over it
+
+    patch(DevicePasses, "_measure_motion", forget)
+
+
+def mix_up_the_prompts(patch) -> None:
+    open_branch, first = DevicePasses.open_branch, []
+
+    def mix(self, context, angles):
+        first.append(context)
+        return open_branch(self, first[0], angles)
+
+    patch(DevicePasses, "open_branch", mix)
+
+
+def compute_before_the_weights_are_there(patch) -> None:
+    patch(Stream, "wait", lambda self, event: None)
+
+
+def copy_over_weights_in_use(patch) -> None:
+    patch(StreamedWeights, "done", lambda self, layer: None)
+
+
+def fill_pinned_weights_too_early(patch) -> None:
+    patch(Stream, "wait_on_host", lambda self, event: None)
+
+
+def record_streamed_weights(patch) -> None:
+    patch(StreamedWeights, "stay", True)
+
+
+RESIDENT = [
+    swap_layers,
+    one_layer_for_all,
+    free_keys_too_early,
+    keep_no_arrays,
+    bind_once_and_never_again,
+    stale_kv_map,
+    stale_rows,
+    stale_modulation,
+    stale_head_modulation,
+    name_no_new_keys,
+    name_the_key_beside_it,
+    too_small_bucket,
+    keep_no_keys,
+    write_keys_to_the_wrong_chunk,
+    do_not_gather_angles,
+    read_before_the_gpu_is_done,
+    use_pinned_memory_again_at_once,
+    record_before_the_first_run,
+    replay_another_chunks_graph,
+    share_a_graph_between_branches,
+    keep_an_old_residual,
+    scratch_over_activations,
+    start_motion_anywhere,
+    mix_up_the_prompts,
+]
+STREAMED = [
+    compute_before_the_weights_are_there,
+    copy_over_weights_in_use,
+    fill_pinned_weights_too_early,
+    record_streamed_weights,
+]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> np.ndarray:
+    setup = Setup(tiny)
+    return setup.generate(setup.host, POLICIES["motion of block output"]()).latents
+
+
+@pytest.mark.parametrize("fault", [*RESIDENT, *STREAMED], ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_noticed(tiny, expected, fault, monkeypatch) -> None:
+    noticed = []
+    for eager in (False, True):
+        setup = Setup(tiny, fault in STREAMED, eager)
+        with monkeypatch.context() as context:
+            fault(context.setattr)
+            try:
+                video = setup.generate(setup.passes, POLICIES["motion of block output"]())
+            except (EngineError, ValueError, AssertionError):
+                noticed.append("refused")
+                continue
+        if setup.driver.faults or not np.allclose(video.latents, expected, atol=1e-4):
+            noticed.append("differs")
+    assert noticed
+
+
+def test_the_same_run_without_a_fault_differs_from_nothing(tiny, expected) -> None:
+    for streamed in (False, True):
+        setup = Setup(tiny, streamed)
+        video = setup.generate(setup.passes, POLICIES["motion of block output"]())
+        np.testing.assert_allclose(video.latents, expected, atol=2e-5)
