@@ -27,7 +27,7 @@ from mc_engines.building.engines import (
 )
 from mc_engines.building.library import BACKENDS, Backend, Library, open_library
 from mc_engines.building.partition import divide
-from mc_engines.building.store import EngineStore
+from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.bundle import Bundle
 from mc_engines.command import command
 from mc_engines.specs import PRECISIONS, Precision
@@ -270,12 +270,11 @@ def _clean(job: Job, built: Sequence[Outcome], quiet: bool) -> None:
 
 def _show(job: Job, built: Sequence[Outcome]) -> None:
     """Print what is there now, what is not and why, and that nothing of it has run."""
-    words = {True: "attention is one kernel", False: "attention may be in parts", None: ""}
     engines = [each.sidecar for each in built if each.sidecar is not None]
     for each in engines:
         size, spent = f"{each.size / 1e6:.2f} MB", f"{each.seconds:.2f} s"
         cells = f"{each.part.name:<20}{each.form:<6}{size:>10}{spent:>10}"
-        click.echo(f"{cells}  {words[each.fused_attention]}".rstrip())
+        click.echo(f"{cells}  {_describe_attention(each)}".rstrip())
     for outcome in built:
         for target, reason in outcome.left_out.items():
             click.echo(f"Left out: {outcome.part.name} for SM{target}: {reason}")
@@ -283,6 +282,14 @@ def _show(job: Job, built: Sequence[Outcome]) -> None:
         f"{len(engines)} engines of {job.library.backend} {job.library.version} for {job.targets} "
         f"in {job.store.root}: compiled, not executed."
     )
+
+
+def _describe_attention(sidecar: Sidecar) -> str:
+    """What the library answered, and what can be seen in the engine."""
+    if sidecar.fused_attention is None:
+        return ""
+    answer = "is one kernel" if sidecar.fused_attention else "may be in parts"
+    return f"attention {answer}; kernels seen: {sidecar.attention_kernels or 'unknown'}"
 
 
 def _join(numbers: Sequence[int]) -> str:

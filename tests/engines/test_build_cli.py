@@ -222,6 +222,7 @@ def test_groups_of_layers_have_their_weights_inside(bundle: Path) -> None:
     assert [each.layers for each in (shared, first, second)] == [(), (0,), (1,)]
     assert "qkv.weight" in shared.profiles[0] and "qkv.weight" not in first.profiles[0]
     assert "k_cache.0" in first.profiles[0] and first.fused_attention is True
+    assert first.attention_kernels == 2 and "is one kernel; kernels seen: 2\n" in result.stdout
     weights = Bundle.open(bundle).layer_weights("block", 0, "bf16")
     assert first.size > sum(array.nbytes for array in weights.values() if array.ndim > 1)
     assert len({each.graph for each in (shared, first, second)}) == 3
@@ -394,6 +395,7 @@ def test_a_sidecar_survives_its_file() -> None:
         "a" * 64,
         "0" * 64,
         True,
+        2,
         5,
         "f" * 64,
         1.5,

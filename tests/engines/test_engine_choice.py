@@ -47,6 +47,7 @@ def make(
         graph=graph_hash(store.bundle, part, place.form),
         inputs=hashlib.sha256(repr((place, changes)).encode()).hexdigest(),
         fused_attention=True,
+        attention_kernels=2,
         size=len(PLAN),
         sha256=hashlib.sha256(PLAN).hexdigest(),
         seconds=1.0,

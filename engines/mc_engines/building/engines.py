@@ -22,6 +22,7 @@ from mc_engines.building.compile import (
     Attention,
     Request,
     build_plan,
+    count_attention_kernels,
     has_fused_attention,
     name_targets,
 )
@@ -182,6 +183,7 @@ def provide_engine(job: Job, part: Part, fused: bool | None, advance: Advance) -
         graph=graph_hash(bundle, part, form),
         inputs=inputs,
         fused_attention=fused,
+        attention_kernels=count_attention_kernels(plan),
         size=len(plan),
         sha256=hashlib.sha256(plan).hexdigest(),
         seconds=round(time.monotonic() - start, 2),
