@@ -21,10 +21,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from mc_engines.bundle import Bundle
-from mc_engines.command import command
+from mc_engines.command import FAILURE, command
 from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
+from mc_runtime.doctor import examine
 from mc_runtime.flags import FILE, INPUT, choose_options, setting_options
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.overlay import write_overlay
@@ -53,6 +54,12 @@ _SETTINGS = {
 @command("mc-inspect")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--verify", is_flag=True, help="Compare every file with its hash; list all faults.")
+@click.option("--doctor", is_flag=True, help="Say what this machine can run; exit 1 if nothing.")
+@click.option(
+    "--engines",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of engines for --doctor; default: those in BUNDLE.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the same as JSON, in full.")
 @click.option("--policy", metavar="NAME[:PRESET]", help="Show the schedule of a coming run.")
 @click.option(
@@ -73,6 +80,8 @@ def main(
     /,
     bundle: Path | None,
     verify: bool,
+    doctor: bool,
+    engines: Path | None,
     as_json: bool,
     policy: str | None,
     policy_option: tuple[str, ...],
@@ -82,11 +91,15 @@ def main(
 ) -> None:
     """Show what BUNDLE holds, with --policy a schedule, with --trace what a run did.
 
+    With --doctor say what this machine has, and which engines of BUNDLE can run on it.
+
     With --verify check that BUNDLE is whole, and exit 1 if it is not.
     """
     _check_usage(ctx)
     if bundle is not None and verify:
         _verify(bundle, as_json)
+    if doctor:
+        ctx.exit(0 if _show_diagnosis(bundle, engines, as_json, quiet) else FAILURE)
     if trace is not None:
         _show_trace(trace, bundle, as_json, quiet, **{name: values[name] for name in _DRAWING})
     elif bundle is not None and policy is not None:
@@ -113,15 +126,39 @@ def _check_usage(ctx: click.Context) -> None:
         for name in ctx.params
         if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
     }
-    if "bundle" not in given and ("trace" not in given or "verify" in given):
-        raise click.UsageError("Missing argument 'BUNDLE'. Name a bundle, or pass --trace alone.")
+    alone = "trace" in given or "doctor" in given
+    if "bundle" not in given and (not alone or "verify" in given):
+        raise click.UsageError(
+            "Missing argument 'BUNDLE'. Name a bundle, or pass --trace or --doctor alone."
+        )
+    if "doctor" in given and {"trace", "policy"} & given:
+        raise click.UsageError("--doctor looks at the machine. Leave --trace and --policy out.")
     if {"trace", "policy"} <= given:
         raise click.UsageError("--policy looks ahead, --trace back. Leave one of them out.")
     flags = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
-    for needed, names in (("trace", _DRAWING), ("policy", ("policy_option", *_SETTINGS))):
+    for needed, names in (
+        ("trace", _DRAWING),
+        ("policy", ("policy_option", *_SETTINGS)),
+        ("doctor", ("engines",)),
+    ):
         alone = [flags[name] for name in names if name in given and needed not in given]
         if alone:
             raise click.UsageError(f"{alone[0]}: expected with --{needed}, got it alone. Add it.")
+
+
+def _show_diagnosis(bundle: Path | None, engines: Path | None, as_json: bool, quiet: bool) -> bool:
+    """Examine the machine; return whether all is good."""
+    diagnosis = examine(bundle, engines)
+    if as_json:
+        _print_json(diagnosis.to_json())
+    elif not quiet:
+        table = _table("this machine", "what", "state", "found", "advice")
+        for finding in diagnosis.findings:
+            table.add_row(finding.subject, finding.state, finding.detail, finding.advice)
+        _console().print(table)
+        able = [name for name, can in diagnosis.can_generate.items() if can]
+        click.echo(f"Videos can be generated with: {', '.join(able) or 'nothing'}.")
+    return diagnosis.is_good
 
 
 def _verify(bundle: Path, as_json: bool) -> None:

@@ -1,19 +1,15 @@
 """`mc-generate --backend`: from engines to a video, with stand-ins for the libraries of GPUs."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from stand_in_driver import StandInDriver
-from stand_in_tensorrt import VERSION, StandInLibrary, make_plan
+from stand_in_engines import store_engines
+from stand_in_tensorrt import StandInLibrary
 
-from mc_engines.building.bounds import VideoLimits, bound_symbols
-from mc_engines.building.compile import Request
 from mc_engines.building.library import Library
-from mc_engines.building.partition import Part, graph_hash
-from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.bundle import Bundle
 from mc_engines.device import opening
 from mc_engines.device.cuda import Gpu
@@ -37,29 +33,8 @@ def driver(monkeypatch) -> StandInDriver:
 @pytest.fixture
 def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A folder of engines for 32 x 32 pixels, of all parts that run on a GPU."""
-    store = EngineStore(Bundle.open(tiny_bundle), tmp_path / "engines")
-    symbols = bound_symbols(store.bundle.manifest.config, VideoLimits(32, 32, 97, 5))
-    for name in (*ON_DEVICE, *OPTIONAL_PARTS):
-        graph = store.bundle.graph(name, "fp32")
-        (profile,) = Request((), [symbols]).bound(graph)
-        plan = make_plan(store.bundle.graph_path(name, "fp32"), [profile])
-        sidecar = Sidecar(
-            component=name,
-            layers=(),
-            form="fp32",
-            backend="tensorrt-rtx",
-            version=VERSION,
-            targets=(86,),
-            left_out={},
-            profiles=(profile,),
-            graph=graph_hash(store.bundle, Part(name), "fp32"),
-            inputs=hashlib.sha256(name.encode()).hexdigest(),
-            fused_attention=None,
-            size=len(plan),
-            sha256=hashlib.sha256(plan).hexdigest(),
-            seconds=0.1,
-        )
-        store.add(sidecar, plan)
+    parts = *ON_DEVICE, *OPTIONAL_PARTS
+    store_engines(Bundle.open(tiny_bundle), tmp_path / "engines", parts)
     return tmp_path / "engines"
 
 

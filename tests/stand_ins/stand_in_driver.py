@@ -76,6 +76,9 @@ class StandInDriver:
     def cuInit(self, flags):
         return (OK,)
 
+    def cuDriverGetVersion(self):
+        return OK, 13020
+
     def cuDeviceGetCount(self):
         return OK, self.devices
 

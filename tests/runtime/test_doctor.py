@@ -1,0 +1,135 @@
+"""`mc-inspect --doctor`: what is found on machines of several kinds, with stand-ins."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from stand_in_driver import StandInDriver
+from stand_in_engines import store_engines
+from stand_in_tensorrt import VERSION, StandInLibrary
+
+from mc_engines.building.library import Library
+from mc_engines.bundle import Bundle
+from mc_engines.device.cuda import Gpu
+from mc_engines.errors import EngineError, MissingExtraError
+from mc_runtime import doctor
+from mc_runtime.device_passes import ON_DEVICE
+from mc_runtime.inspect_cli import main
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU, TensorRT-RTX and no TensorRT; changed by the tests."""
+    driver = StandInDriver()
+    library = Library("tensorrt-rtx", StandInLibrary(driver))
+
+    def open_library(backend):
+        if backend == "tensorrt":
+            raise MissingExtraError("tensorrt: not installed. Run: pip install 'motioncache[trt]'")
+        return library
+
+    monkeypatch.setattr(doctor, "open_library", open_library)
+    monkeypatch.setattr(doctor, "open_gpu", lambda: Gpu(driver))
+    return driver
+
+
+@pytest.fixture
+def engines(tiny_bundle: Path, tmp_path: Path) -> Path:
+    store_engines(Bundle.open(tiny_bundle), tmp_path / "engines", ON_DEVICE)
+    return tmp_path / "engines"
+
+
+def find(diagnosis, subject):
+    (finding,) = (each for each in diagnosis.findings if each.subject == subject)
+    return finding
+
+
+def test_a_machine_with_everything_can_generate_on_its_gpu(machine, tiny_bundle, engines):
+    diagnosis = doctor.examine(tiny_bundle, engines)
+    assert diagnosis.is_good
+    assert diagnosis.can_generate == {"cpu": True, "tensorrt-rtx": True, "tensorrt": False}
+    assert "compute capability 8.6, driver for CUDA 13.2" in find(diagnosis, "GPU").detail
+    assert find(diagnosis, "tensorrt-rtx").detail == VERSION
+    assert find(diagnosis, "block.fp32").state == "good"
+
+
+def test_without_a_driver_generation_runs_on_the_cpu(machine, monkeypatch, tiny_bundle, engines):
+    def refuse():
+        raise EngineError("GPU: expected an NVIDIA driver, got none.")
+
+    monkeypatch.setattr(doctor, "open_gpu", refuse)
+    diagnosis = doctor.examine(tiny_bundle, engines)
+    assert diagnosis.is_good and diagnosis.can_generate["cpu"]
+    assert not diagnosis.can_generate["tensorrt-rtx"]
+    assert "there is no GPU" in find(diagnosis, "block.fp32").detail
+
+
+def test_both_packages_of_onnxruntime_are_a_fault(machine, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda package: "1.31.1")
+    diagnosis = doctor.examine()
+    assert not diagnosis.is_good and not any(diagnosis.can_generate.values())
+    assert "overwrite each other" in find(diagnosis, "onnxruntime").detail
+
+
+def test_no_onnxruntime_is_a_fault_with_the_command_that_installs_it(machine, monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    diagnosis = doctor.examine()
+    assert not diagnosis.is_good
+    assert find(diagnosis, "onnxruntime").advice == "pip install 'motioncache[cpu]'"
+
+
+def test_engines_of_another_generation_cannot_run_here(machine, tiny_bundle, engines):
+    machine.capability = (12, 0)
+    diagnosis = doctor.examine(tiny_bundle, engines)
+    assert "the GPU is SM120" in find(diagnosis, "head.fp32").detail
+    assert not diagnosis.can_generate["tensorrt-rtx"]
+
+
+def test_one_engine_too_few_and_generation_cannot_run(machine, tiny_bundle, engines):
+    for path in engines.rglob("combine.*"):
+        path.unlink()
+    diagnosis = doctor.examine(tiny_bundle, engines)
+    assert not diagnosis.can_generate["tensorrt-rtx"]
+
+
+def test_an_engine_that_is_not_whole_and_a_damaged_sidecar_are_told(machine, tiny_bundle, engines):
+    (plan,) = engines.rglob("head.*.engine")
+    plan.write_bytes(plan.read_bytes()[:-1])
+    (sidecar,) = engines.rglob("embed.*.json")
+    sidecar.write_text("{")
+    diagnosis = doctor.examine(tiny_bundle, engines)
+    assert "the file is not whole" in find(diagnosis, "head.fp32").detail
+    assert any(each.detail == "a damaged engine" for each in diagnosis.findings)
+
+
+def test_a_damaged_bundle_is_a_fault(machine, tmp_path):
+    (tmp_path / "x.bundle").mkdir()
+    assert not doctor.examine(tmp_path / "x.bundle").is_good
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_command_prints_a_table_or_json(machine, tiny_bundle, engines):
+    shown = run("--doctor", tiny_bundle, "--engines", engines).output
+    assert shown.endswith("Videos can be generated with: cpu, tensorrt-rtx.\n")
+    value = json.loads(run("--doctor", "--json").output)
+    assert value["good"] and value["can_generate"]["cpu"]
+
+
+def test_the_command_fails_where_nothing_can_run(machine, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda package: "1.31.1")
+    assert "generated with: nothing." in run("--doctor", code=1).output
+
+
+@pytest.mark.parametrize("arguments", [("--doctor", "--policy", "none"), ("--engines", ".")])
+def test_flags_that_do_not_go_together_are_refused(arguments):
+    run(*arguments, code=2)
