@@ -30,6 +30,7 @@ from mc_engines.building.partition import divide
 from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.bundle import Bundle
 from mc_engines.command import command
+from mc_engines.device.cuda import open_gpu
 from mc_engines.specs import PRECISIONS, Precision
 
 _HOST = ("timestep",)  # runs once per run, in ONNX Runtime on every target
@@ -142,10 +143,11 @@ def _choose_targets(library: Library, sm: str | None, dtype: Precision) -> tuple
                 f"sm: expected none, for {library.backend} builds for the GPU that is here, got "
                 f"{sm}. Leave it out."
             )
-        return ()
-    wanted = _DEFAULT_TARGETS if sm is None else _parse_targets(sm)
+        wanted: tuple[int, ...] = (open_gpu().capability,)
+    else:
+        wanted = _DEFAULT_TARGETS if sm is None else _parse_targets(sm)
     unknown = [target for target in wanted if target not in library.targets]
-    if unknown:
+    if library.targets and unknown:
         raise ValueError(
             f"sm: expected some of {_join(library.targets)}, got {_join(unknown)}. "
             f"{library.backend} {library.version} has no such target: use --backend tensorrt "

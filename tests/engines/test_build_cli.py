@@ -395,7 +395,6 @@ def test_a_sidecar_survives_its_file() -> None:
         "a" * 64,
         "0" * 64,
         True,
-        2,
         5,
         "f" * 64,
         1.5,

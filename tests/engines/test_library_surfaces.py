@@ -8,13 +8,14 @@ import shutil
 import sys
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import onnx
 import pytest
 from click.testing import CliRunner
 from strict_library import StrictLibrary, make_library, read_surfaces
 
+from mc_engines import build_cli
 from mc_engines.build_cli import main
 from mc_engines.building.library import Library
 from mc_engines.building.store import EngineStore
@@ -23,6 +24,7 @@ from mc_engines.bundle import Bundle
 SURFACES = read_surfaces(Path(__file__).parent / "data" / "surfaces.json")
 BY_VERSION = {f"{each.library} {each.version}": each for each in SURFACES}
 RTX = SURFACES[-1]
+GPU = 90  # compute capability of the one that is here
 
 
 class Builder:
@@ -201,6 +203,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 def build(monkeypatch, surface, bundle: Path, *options: object) -> StrictLibrary:
     library = make_library(surface, BUILDING)
     monkeypatch.setitem(sys.modules, surface.library, library.module)
+    monkeypatch.setattr(build_cli, "open_gpu", lambda: SimpleNamespace(capability=GPU))
     backend = surface.library.replace("_", "-")
     arguments = [bundle, "--backend", backend, *options]
     result = CliRunner().invoke(main, [str(each) for each in arguments])
@@ -219,7 +222,7 @@ def test_every_version_builds_every_graph_with_calls_that_it_has(
     assert {each.version for each in sidecars} == {surface.version}
     assert len(sidecars) == len(Bundle.open(bundle).manifest.components) - 1 == 13
     rtx, checks = surface is RTX, "add_attention" in surface.names["INetworkDefinition"]
-    targets = (80, 86, 89, 120) if rtx else ()
+    targets = (80, 86, 89, 120) if rtx else (GPU,)
     assert {each.targets for each in sidecars} == {targets}
     assert library.count("IBuilderConfig.set_memory_pool_limit") == 13
     # one profile for RTX; else 5 buckets, which only block and combine can tell apart
@@ -246,6 +249,26 @@ def test_measured_times_are_kept_and_used_again(version, bundle, tmp_path, monke
     assert (tmp_path / "times").read_bytes() == b"..."  # text has the same size in any video
     assert ("IBuilderConfig.create_timing_cache", b"..") in library.calls
     assert sorted(path.name for path in tmp_path.iterdir()) == ["times", "tiny.bundle"]
+
+
+def test_a_gpu_without_bf16_is_known_before_anything_is_built(bundle, monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "GPU", 75)
+    with pytest.raises(SystemExit):
+        build(monkeypatch, SURFACES[0], bundle)
+    build(monkeypatch, SURFACES[0], bundle, "--dtype", "fp16", "--component", "embed")
+
+
+def test_an_engine_of_tensorrt_is_for_the_gpu_that_built_it(bundle, monkeypatch) -> None:
+    arguments = "--component", "embed"
+    build(monkeypatch, SURFACES[0], bundle, *arguments)
+    build(monkeypatch, SURFACES[0], bundle, *arguments)
+    with monkeypatch.context() as other:
+        other.setitem(globals(), "GPU", 120)
+        build(monkeypatch, SURFACES[0], bundle, *arguments)
+    assert [each.targets for each in EngineStore(Bundle.open(bundle)).read()[0]] in (
+        [(90,), (120,)],
+        [(120,), (90,)],
+    )
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"other GPU"])

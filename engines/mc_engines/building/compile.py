@@ -38,7 +38,8 @@ class Request:
     """What an engine is built for.
 
     Attributes:
-        targets: Compute capabilities, as 86 for 8.6; empty for the GPU that is there.
+        targets: Compute capabilities, as 86 for 8.6; that of the GPU here, where the library builds
+            for no other.
         profiles: Bounds by symbol, one mapping per optimization profile.
         workspace: Bytes of scratch memory; None for the library's own limit.
         timing_cache: File of measured times, read and extended; not part of what an engine is.

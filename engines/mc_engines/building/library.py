@@ -77,8 +77,8 @@ class Library:
         return builder.create_network(0 if typed is None else 1 << int(typed))
 
     def set_targets(self, config: Any, targets: tuple[int, ...]) -> None:
-        """Let a builder's configuration build for some of `targets`."""
-        if not targets:
+        """Let a builder's configuration build for some of `targets`; else for the GPU here."""
+        if not self.targets:
             return
         config.num_compute_capabilities = len(targets)
         for place, target in enumerate(targets):

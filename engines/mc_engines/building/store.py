@@ -65,11 +65,11 @@ class Sidecar:
         inputs: Hash of everything it was made from.
         fused_attention: Whether its attention is one kernel on all targets, False also where it
             need not be; None where it has none, or where that cannot be told.
-        attention_kernels: Kernels that were found in it which compute attention whole; None where
-            none were seen, which says nothing.
         size: Bytes.
         sha256: Of the engine.
         seconds: That the build took.
+        attention_kernels: Kernels that were found in it which compute attention whole; None where
+            none were seen, which says nothing.
     """
 
     component: str
@@ -83,10 +83,10 @@ class Sidecar:
     graph: str
     inputs: str
     fused_attention: bool | None
-    attention_kernels: int | None
     size: int
     sha256: str
     seconds: float
+    attention_kernels: int | None = None
 
     @property
     def part(self) -> Part:
