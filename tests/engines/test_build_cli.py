@@ -1,10 +1,8 @@
 """`mc-build`: engines in the bundle or beside it, none built twice, nothing broken by a crash."""
 
-import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx.helper as make
 import pytest
@@ -24,7 +22,7 @@ from mc_engines.building.compile import (
 )
 from mc_engines.building.library import open_library
 from mc_engines.building.network import find_silent_drops, parse_graph
-from mc_engines.building.store import EngineStore, Sidecar
+from mc_engines.building.store import EngineStore
 from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
 from mc_engines.errors import BuildError, EngineError
@@ -371,35 +369,3 @@ def test_a_graph_that_cannot_be_parsed_names_the_operator(library, tmp_path: Pat
         BuildError, match=r"^x\.onnx: expected a graph that tensorrt-rtx .*NoSuchTh"
     ):
         parse_graph(library, make_log(library), GraphSpec("x.onnx", *tensors), tmp_path / "x.onnx")
-
-
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"schema": "motioncache.engine/v0"}'])
-def test_a_damaged_sidecar_is_named(data: bytes) -> None:
-    with pytest.raises(EngineError) as error:
-        Sidecar.from_bytes("x.engine.json", data)
-    assert str(error.value).startswith("x.engine.json: expected the sidecar of an engine, got ")
-    assert str(error.value).endswith(". Run mc-build --clean.")
-
-
-def test_a_sidecar_survives_its_file() -> None:
-    profiles = ({"x": ((1,), (2,), (3,))},)
-    sidecar = Sidecar(
-        "x",
-        (1, 2),
-        "bf16",
-        "b",
-        "1",
-        (86,),
-        {},
-        profiles,
-        "a" * 64,
-        "0" * 64,
-        True,
-        5,
-        "f" * 64,
-        1.5,
-    )
-    read = Sidecar.from_bytes("x", sidecar.to_bytes())
-    assert read.file == "engines/b-1/x.01-02.bf16.0000000000000000.engine"
-    assert json.loads(read.to_bytes()) == json.loads(sidecar.to_bytes())
-    assert np.array_equal(read.profiles[0]["x"], [[1], [2], [3]])

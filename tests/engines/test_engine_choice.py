@@ -1,12 +1,14 @@
 """Which engine can run here: each way in which one cannot, and that the command it names helps."""
 
 import hashlib
+import json
 import re
 import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -171,6 +173,38 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(store) -> None:
     message = refusal(store, place=place)
     assert "expected an engine of tensorrt 10.16.1.11 for SM90, got none. Run: " in message
     assert "--backend tensorrt --dtype bf16 --height 64" in message and "--sm" not in message
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"schema": "motioncache.engine/v0"}'])
+def test_a_damaged_sidecar_is_named(data: bytes) -> None:
+    with pytest.raises(EngineError) as error:
+        Sidecar.from_bytes("x.engine.json", data)
+    assert str(error.value).startswith("x.engine.json: expected the sidecar of an engine, got ")
+    assert str(error.value).endswith(". Run mc-build --clean.")
+
+
+def test_a_sidecar_survives_its_file() -> None:
+    profiles = ({"x": ((1,), (2,), (3,))},)
+    sidecar = Sidecar(
+        "x",
+        (1, 2),
+        "bf16",
+        "b",
+        "1",
+        (86,),
+        {},
+        profiles,
+        "a" * 64,
+        "0" * 64,
+        True,
+        5,
+        "f" * 64,
+        1.5,
+    )
+    read = Sidecar.from_bytes("x", sidecar.to_bytes())
+    assert read.file == "engines/b-1/x.01-02.bf16.0000000000000000.engine"
+    assert json.loads(read.to_bytes()) == json.loads(sidecar.to_bytes())
+    assert np.array_equal(read.profiles[0]["x"], [[1], [2], [3]])
 
 
 @pytest.mark.parametrize("before", [(), ("--sm", "89"), ("--height", "64", "--width", "64")])
