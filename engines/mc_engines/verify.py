@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mc_engines.errors import BundleError
 from mc_engines.manifest import (
+    CACHE_SUFFIX,
     HASH_FILE,
     LOCK_FILE,
     MANIFEST_FILE,
@@ -115,11 +116,17 @@ def _find_folder_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
                     yield f"{folder}: {relative}: expected no links, got one. Delete it."
             elif relative in known:
                 yield from _find_mode_faults(path, 0o444, "file")
-            elif relative != LOCK_FILE or status.st_size:
+            elif not _is_of_the_machine(relative, status.st_size):
                 yield (
                     f"{folder}: {relative}: expected only files of the manifest, got another. "
                     "Delete it: it is foreign, or left by an addition that was interrupted."
                 )
+
+
+def _is_of_the_machine(relative: str, size: int) -> bool:
+    """Whether a file may be there unnamed: the empty lock, and what a GPU's library compiled."""
+    cache = relative.startswith("engines/") and relative.endswith(CACHE_SUFFIX)
+    return cache or (relative == LOCK_FILE and not size)
 
 
 def _find_mode_faults(path: Path, needed: int, kind: str) -> Iterator[str]:

@@ -177,6 +177,18 @@ def _write_report(folder: Path, rows: list[Comparison]) -> None:
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
+def _max_tokens(tokenizer: Path | None) -> int:
+    """Return to how many tokens prompts are padded: as many as the tokenizer takes, 512 at most.
+
+    The transformer attends to the padding, so that it has to be as long as in training.
+    """
+    path = None if tokenizer is None else tokenizer / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return MAX_TEXT_TOKENS
+    length = json.loads(path.read_text()).get("model_max_length", MAX_TEXT_TOKENS)
+    return int(min(length, MAX_TEXT_TOKENS))
+
+
 def _manifest(
     checkpoint: Checkpoint,
     specs: dict[str, ComponentSpec],
@@ -186,7 +198,7 @@ def _manifest(
     config: dict[str, Any] = {"transformer": describe_transformer(checkpoint.transformer.config)}
     if checkpoint.text_encoder is not None:
         encoder = describe_text_encoder(checkpoint.text_encoder.config)
-        config["text_encoder"] = encoder | {"max_tokens": MAX_TEXT_TOKENS}
+        config["text_encoder"] = encoder | {"max_tokens": _max_tokens(checkpoint.tokenizer)}
     if checkpoint.vae is not None:
         config["vae"] = describe_vae(checkpoint.vae.config)
     if name is not None:

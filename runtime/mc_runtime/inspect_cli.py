@@ -126,8 +126,8 @@ def _check_usage(ctx: click.Context) -> None:
         for name in ctx.params
         if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
     }
-    alone = "trace" in given or "doctor" in given
-    if "bundle" not in given and (not alone or "verify" in given):
+    needs_bundle = not {"trace", "doctor"} & given or "verify" in given
+    if "bundle" not in given and needs_bundle:
         raise click.UsageError(
             "Missing argument 'BUNDLE'. Name a bundle, or pass --trace or --doctor alone."
         )

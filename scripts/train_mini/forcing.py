@@ -32,7 +32,11 @@ def shift_level(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def draw_levels(
-    rng: np.random.Generator, batch: int, chunks: int, clean: NDArray[np.int64]
+    rng: np.random.Generator,
+    batch: int,
+    chunks: int,
+    clean: NDArray[np.int64],
+    places: tuple[float, float] | None = None,
 ) -> NDArray[np.float64]:
     """Draw the noise levels of a batch as a run passes through them.
 
@@ -41,12 +45,15 @@ def draw_levels(
         batch: B.
         chunks: Chunks of each sample.
         clean: How many chunks of each sample are a finished prefix, shape (B,).
+        places: From where to where in the run the first chunk that is not clean may be, 0 at its
+            end; None: anywhere that leaves one chunk to denoise.
 
     Returns:
         sigma, shape (B, chunks). At least one chunk of a sample is strictly between 0 and 1.
     """
     active = chunks - clean
-    first = rng.uniform(LAG * (1 - active), 1.0)
+    low, high = places or (LAG * (1 - active), 1.0)
+    first = rng.uniform(low, high, batch)
     place = first[:, None] + LAG * (np.arange(chunks)[None] - clean[:, None])
     place = np.where(np.arange(chunks)[None] < clean[:, None], 0.0, place)
     return shift_level(np.clip(place, 0.0, 1.0))
@@ -60,24 +67,33 @@ def add_noise(latents: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Te
         sigma: Noise level of each chunk, shape (B, chunks).
         noise: Like `latents`.
     """
-    level = sigma.repeat_interleave(CHUNK, dim=1)[:, None, :, None, None]
+    frames = latents.shape[2] // sigma.shape[1]
+    level = sigma.repeat_interleave(frames, dim=1)[:, None, :, None, None]
     return torch.lerp(latents, noise, level), noise - latents
 
 
 def predict_velocity(
-    model: SkyReelsV2Transformer3DModel, x: Tensor, timesteps: Tensor, text: Tensor, bias: Tensor
-) -> Tensor:
-    """Return the velocity of noised latents.
+    model: SkyReelsV2Transformer3DModel,
+    x: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    bias: Tensor,
+    first: int = 0,
+    depth: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the velocity of noised latents, and what the model knows of them half-way.
 
     Args:
         model: The transformer.
-        x: Noised latents, shape (B, 16, frames, h, w); frames a multiple of 5.
+        x: Noised latents, shape (B, 16, frames, h, w); frames a multiple of the chunks.
         timesteps: Of each chunk, shape (B, chunks), 0 to 999.
         text: Embeddings, shape (B, T, 128).
         bias: Added to the logits of the cross-attention, shape (B, 1, 1, T).
+        first: Place of the first frame of `x` in the video.
+        depth: Blocks before half-way.
 
     Returns:
-        shape like `x`.
+        Velocity, shape like `x`; tokens after so many blocks, shape (B, L, C).
     """
     batch, chunks = timesteps.shape
     conditions = model.condition_embedder
@@ -86,23 +102,26 @@ def predict_velocity(
     rate = model.fps_projection(model.fps_embedding.weight[_FRAME_RATE])
     modulation = (conditions.time_proj(F.silu(embedded)) + rate).unflatten(-1, (6, -1))
     text = conditions.text_embedder(text)
-    rotation = _rotation(model, x)
+    rotation = _rotation(model, x, first)
     tokens = model.patch_embedding(x).flatten(2).transpose(1, 2).unflatten(1, (chunks, -1))
+    states = [tokens]
     for block in model.blocks:
-        tokens = _apply_block(block, tokens, modulation, text, bias, rotation)
+        states.append(_apply_block(block, states[-1], modulation, text, bias, rotation))
     shift, scale = (model.scale_shift_table[0] + embedded).chunk(2, dim=2)
-    out = model.proj_out(_norm(tokens, model.norm_out) * (1 + scale) + shift)
-    return _unpatchify(out.flatten(1, 2), x.shape)
+    out = model.proj_out(_norm(states[-1], model.norm_out) * (1 + scale) + shift)
+    return _unpatchify(out.flatten(1, 2), x.shape), states[depth].flatten(1, 2)
 
 
 def _norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def _rotation(model: SkyReelsV2Transformer3DModel, x: Tensor) -> Tensor:
+def _rotation(model: SkyReelsV2Transformer3DModel, x: Tensor, first: int) -> Tensor:
     """Return the rotary factors as complex numbers, shape (L, 1, D / 2)."""
-    cos, sin = model.rope(x)
-    return torch.complex(cos[0, ..., 0::2].float(), sin[0, ..., 1::2].float())
+    frames = x.shape[2]
+    cos, sin = model.rope(x.new_empty(1, 1, first + frames, *x.shape[3:]))
+    start = cos.shape[1] // (first + frames) * first
+    return torch.complex(cos[0, start:, ..., 0::2].float(), sin[0, start:, ..., 1::2].float())
 
 
 def _apply_block(

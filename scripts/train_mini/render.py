@@ -4,7 +4,7 @@ Everything is computed for all frames at once from signed distances, so that edg
 motion is exact below a pixel. Next door: `world.py` (what a scene is) and `judge.py`.
 """
 
-__all__ = ["Clip", "render_scene", "trace_path"]
+__all__ = ["Clip", "cover_objects", "render_scene", "trace_path"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +53,12 @@ def render_scene(scene: Scene, frames: int = 97) -> Clip:
     if 0 < scene.cut < frames:
         moving[scene.cut] = True
     return Clip(np.clip(np.rint(picture), 0, 255).astype(np.uint8), moving)
+
+
+def cover_objects(scene: Scene, frames: int) -> Field:
+    """Return how much of each pixel the objects cover, shape (T, 64, 64), 0 to 1."""
+    covers = [_cover(actor, trace_path(actor, frames, scene.cut)) for actor in scene.actors]
+    return np.maximum.reduce(covers)
 
 
 def trace_path(actor: Actor, frames: int, cut: int = 0) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from .autoencoder import MODEL, load_vae
 from .forcing import CHUNK
 from .job import OUT, THREADS
 from .judge import compare_captions, judge_clip
+from .text import MAX_TOKENS
 from .transformer import build_scheduler, build_transformer
 from .world import SEEDS, SIZE, draw_scene
 
@@ -63,6 +64,7 @@ def generate(
         guidance_scale=_GUIDANCE,
         ar_step=max(1, steps // 10),
         causal_block_size=CHUNK,
+        max_sequence_length=MAX_TOKENS,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
     ).frames[0]

@@ -10,11 +10,13 @@ import argparse
 import copy
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -33,11 +35,42 @@ from .text import TEXT_DIM, build_text_encoder, build_tokenizer, embed_captions
 _CHECKPOINT = "transformer.pt"
 _EMA = 0.998
 _RATES = 0.02, 2e-3  # of Muon and of AdamW
-_NOT_MATRICES = ("patch_embedding", "proj_out", "fps_embedding", "shared", "embed_tokens", "bias")
+_NOT_MATRICES = (
+    *("patch_embedding", "proj_out", "cover_head", "fps_embedding"),
+    *("shared", "embed_tokens", "bias"),
+)
 _DROPOUT = 0.1  # share of samples without a caption
-# Samples and chunks of a step, in turn: first chunks alone, pairs, whole windows.
-_CYCLE = ((16, 1), (16, 1), (8, 2), (16, 1), (16, 1), (3, 5))
+_OVERWEIGHT = 8.0  # of the error at objects, while they are learnt
+_COVER_WEIGHT = 5.0  # of the error of what objects cover, then
+_WORDY = 0.2, 0.9  # places in the run where words help, noise levels 0.67 to 0.99
+_COVER_DEPTH = 4  # blocks after which it is asked for
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the training.
+
+    Attributes:
+        end: Its last step, exclusive.
+        cycle: Samples and latent frames of a step, in turn: first frames alone, first chunks, pairs
+            of chunks, whole windows.
+        learn_objects: Whether clips have one object and no pan or cut, errors at the object weigh
+            more (see `weigh_errors`), the model is asked what the object covers, and the noise is
+            such that words can help: more hides the object's place, less shows its shape.
+    """
+
+    end: float
+    cycle: tuple[tuple[int, int], ...]
+    learn_objects: bool = False
+
+
+_STAGES = (
+    Stage(2_200, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
+    Stage(3_600, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
+    Stage(float("inf"), ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
+)
 _SAVE_EVERY = 180  # seconds
+_TOKEN = 8  # pixels of a token, both ways
 
 _INDEX = {
     "_class_name": "SkyReelsV2DiffusionForcingPipeline",
@@ -51,18 +84,31 @@ _INDEX = {
 
 
 class Mini(nn.Module):
-    """What is trained together: the transformer and the text encoder."""
+    """What is trained together: the transformer and the text encoder.
+
+    `cover_head` reads off tokens which pixels objects will cover; it serves the training alone.
+    Words for shapes and motions say little of the latents and much of that.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = build_tokenizer()
         self.text_encoder = build_text_encoder(len(self.tokenizer))
         self.transformer = build_transformer()
+        self.cover_head = nn.Linear(self.transformer.proj_out.in_features, _TOKEN**2)
 
-    def forward(self, x: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
-        """Return the velocity of noised latents under their captions; see `predict_velocity`."""
+    def forward(
+        self, x: Tensor, timesteps: Tensor, captions: list[str], first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity of noised latents under their captions, and the cover in logits.
+
+        See `predict_velocity`; the cover has shape (B, L, 64), the pixels of each token.
+        """
         text, bias = embed_captions(self.tokenizer, self.text_encoder, captions)
-        return predict_velocity(self.transformer, x, timesteps, text, bias)
+        velocity, tokens = predict_velocity(
+            self.transformer, x, timesteps, text, bias, first, depth=_COVER_DEPTH
+        )
+        return velocity, self.cover_head(F.layer_norm(tokens, tokens.shape[-1:]))
 
     def save(self) -> None:
         """Write every part but the VAE in diffusers' layout, in float16."""
@@ -117,23 +163,50 @@ def build_mini() -> Mini:
     return mini
 
 
-def compute_loss(mini: Mini, cache: Cache, step: int) -> Tensor:
+def compute_loss(mini: Mini, cache: Cache, step: int, stage: Stage) -> Tensor:
     """Return the squared error of the velocity over the chunks that the sampler would update.
 
     What is drawn depends on the number of the step alone, so that a resumed training is the same.
     """
-    batch, chunks = _CYCLE[step % len(_CYCLE)]
+    batch, frames = stage.cycle[step % len(stage.cycle)]
     rng = np.random.default_rng(step)
     torch.manual_seed(step)
-    latents, captions, clean = cache.draw(rng, batch, chunks)
-    captions = ["" if rng.random() < _DROPOUT else caption for caption in captions]
-    sigma = torch.from_numpy(draw_levels(rng, batch, chunks, clean)).float()
-    x, target = add_noise(latents, sigma, torch.randn_like(latents))
+    drawn = cache.draw(rng, batch, frames)
+    captions = ["" if rng.random() < _DROPOUT else caption for caption in drawn.captions]
+    chunks, extra = max(1, frames // CHUNK), torch.zeros(())
+    places = _WORDY if stage.learn_objects else None
+    sigma = torch.from_numpy(draw_levels(rng, batch, chunks, drawn.clean, places)).float()
+    x, target = add_noise(drawn.latents, sigma, torch.randn_like(drawn.latents))
     timesteps = (sigma * 1000).long().clamp(0, 999)
-    velocity = mini(x, timesteps, captions)
-    error = (velocity - target).square().unflatten(2, (chunks, CHUNK)).mean(dim=(1, 3, 4, 5))
+    velocity, cover = mini(x, timesteps, captions, drawn.first)
+    error = (velocity - target).square().mean(1).unflatten(1, (chunks, -1))
+    if stage.learn_objects:
+        error = error * weigh_errors(drawn.near_objects().unflatten(1, (chunks, -1)), sigma)
+        wanted = cut_into_tokens(drawn.cover / 255)
+        extra = _COVER_WEIGHT * F.binary_cross_entropy_with_logits(cover, wanted)
     active = ((sigma > 0) & (sigma < 1)).float()
-    return (error * active).sum() / active.sum()
+    return (error.mean(dim=(2, 3, 4)) * active).sum() / active.sum() + extra
+
+
+def cut_into_tokens(pixels: Tensor) -> Tensor:
+    """Cut pixels (B, frames, 64, 64) into those of each token, shape (B, frames * 64, 64)."""
+    squares = F.pixel_unshuffle(pixels, _TOKEN)  # (B, frames * 64, 8, 8): tokens last
+    return squares.unflatten(1, (-1, _TOKEN**2)).movedim(2, -1).flatten(1, 3)
+
+
+def weigh_errors(near: Tensor, sigma: Tensor) -> Tensor:
+    """Return weights of mean 1 by which objects, a tenth of the picture, count as much as the rest.
+
+    Where the noise hides the place of an object (above 0.98) all count alike: the weighted mean of
+    what may be there would show it everywhere.
+
+    Args:
+        near: Latents near an object, shape (B, chunks, frames, h, w), bool.
+        sigma: Noise levels, shape (B, chunks).
+    """
+    excess = (_OVERWEIGHT - 1) * ((0.98 - sigma) / 0.06).clamp(0, 1)[..., None, None, None]
+    weights = 1 + excess * near
+    return weights / weights.mean()
 
 
 @torch.no_grad()
@@ -167,12 +240,15 @@ def train(steps: int, start: int = 0) -> None:
     models = {"mini": mini, "average": copy.deepcopy(mini)}
     optimizers = build_optimizers(mini, *_RATES, others=_NOT_MATRICES)
     first, start = start, load_training(_CHECKPOINT, models, optimizers) or start
-    cache, losses, saved = Cache(), {}, time.monotonic()
+    caches = {learn: Cache(plain=learn) for learn in (False, True)}
+    losses: dict[str, float] = {}
+    saved = time.monotonic()
     for step in range(start, steps):
-        loss = compute_loss(mini, cache, step)
+        stage = next(stage for stage in _STAGES if step < stage.end)
+        loss = compute_loss(mini, caches[stage.learn_objects], step, stage)
         descend(loss, mini, optimizers, trapezoid(step, steps, first))
         update_average(models["average"], mini, step)
-        name = f"loss_{_CYCLE[step % len(_CYCLE)][1]}"
+        name = f"loss_{stage.cycle[step % len(stage.cycle)][1]}"
         losses[name] = losses.get(name, loss.item()) * 0.97 + loss.item() * 0.03
         if step % 20 == 0:
             log(step=step, **losses)

@@ -136,6 +136,10 @@ class Scene:
         pan = f" while the camera pans {self.pan}" if self.pan else ""
         return f"{actors} over {self.backgrounds[0]}{pan}{cut}"
 
+    def is_plain(self) -> bool:
+        """Return whether there is one object, and neither pan nor cut."""
+        return len(self.actors) == 1 and not self.pan and not self.cut
+
     def combinations(self) -> list[Combination]:
         """Return every (shape, colour, motion, background) that is seen in the clip."""
         return [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mc_export.checkpoint import load_checkpoint
 from mc_export.cli import main
-from mc_export.export_bundle import expected_tensors
+from mc_export.export_bundle import _max_tokens, expected_tensors
 from mc_export.fetch import PACKAGED, fetch_checkpoint
 from mc_export.published import PUBLISHED
 from motioncache import Preset, make_policy
@@ -30,6 +30,18 @@ def test_every_part_is_there_with_the_published_sizes() -> None:
     assert checkpoint.tokenizer is not None and checkpoint.scheduler is not None
     assert checkpoint.scheduler["flow_shift"] == pytest.approx(8)
     assert expected_tensors(checkpoint).keys() == {"transformer", "text_encoder", "vae"}
+
+
+def test_prompts_are_padded_as_in_training() -> None:
+    """The packaged weights decide: the length is the tokenizer's."""
+    length = json.loads((PACKAGED / "tokenizer" / "tokenizer_config.json").read_text())
+    assert _max_tokens(PACKAGED / "tokenizer") == length["model_max_length"] <= 512
+
+
+def test_a_tokenizer_without_a_length_takes_512_tokens(tmp_path: Path) -> None:
+    assert _max_tokens(None) == _max_tokens(tmp_path) == 512
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1e30}')
+    assert _max_tokens(tmp_path) == 512
 
 
 def test_it_is_at_most_16_mb_of_float16() -> None:

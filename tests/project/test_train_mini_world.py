@@ -17,6 +17,7 @@ from scripts.train_mini import (
     autoencoder,
     forcing,
     judge,
+    latents,
     linear,
     muon,
     render,
@@ -162,6 +163,56 @@ def test_noise_levels_follow_the_wave(seed: int, chunks: int, data: st.DataObjec
     np.testing.assert_allclose(np.diff(place, axis=1)[both], forcing.LAG, atol=1e-9)
 
 
+def test_noise_levels_stay_where_they_are_wanted() -> None:
+    sigma = forcing.draw_levels(np.random.default_rng(0), 500, 1, np.zeros(500, int), (0.2, 0.9))
+    low, high = forcing.shift_level(np.array([0.2, 0.9]))
+    assert low <= sigma.min() < low + 0.02 and high - 0.02 < sigma.max() <= high
+
+
+def test_what_objects_cover_is_where_their_colour_is() -> None:
+    for seed in range(40):
+        scene = world.draw_scene(seed, actors=1)
+        frames = render.render_scene(scene, 9).frames
+        cover = render.cover_objects(scene, 9)
+        colour = np.array(world.COLOURS[scene.actors[0].colour])
+        assert (frames[cover == 1] == colour).all()
+        assert abs(frames[cover == 0].astype(int) - colour).max(-1).min() > 0
+        groups = latents._cover_groups(scene, 3)
+        np.testing.assert_allclose(groups[0] / 255, cover[0], atol=0.002)
+        np.testing.assert_allclose(groups[2] / 255, cover[5:9].mean(0), atol=0.002)
+
+
+def test_latents_near_objects_are_those_that_see_one() -> None:
+    cover = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    cover[0, 0, 20, 33] = 7  # in the latent of row 5, column 8, and within 2 pixels of row 4
+    near = latents.Batch(torch.zeros(0), [], np.zeros(1), cover).near_objects()
+    assert near.nonzero()[:, 2:].tolist() == [[4, 7], [4, 8], [5, 7], [5, 8]]
+
+
+def test_pixels_are_cut_into_tokens_in_the_models_order() -> None:
+    pixels = torch.arange(2 * 3 * 64 * 64).reshape(2, 3, 64, 64).float()
+    tokens = transformer.cut_into_tokens(pixels).reshape(2, 3, 8, 8, 8, 8)
+    for frame, row, column in ((0, 0, 0), (2, 3, 5), (1, 7, 1)):
+        rows, columns = slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8)
+        torch.testing.assert_close(tokens[1, frame, row, column], pixels[1, frame, rows, columns])
+
+
+def test_objects_weigh_as_much_as_the_rest_but_not_in_noise() -> None:
+    near = torch.zeros(2, 1, 1, 10, 10, dtype=torch.bool)
+    near[..., :1] = True  # a tenth
+    weights = transformer.weigh_errors(near, torch.tensor([[0.5], [0.99]]))
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    torch.testing.assert_close(weights[0, ..., 0] / weights[0, ..., 1], torch.full((1, 1, 10), 8.0))
+    assert weights[1].min() == weights[1].max()
+
+
+def test_a_frame_alone_stands_where_it_stands_in_the_video() -> None:
+    model = transformer.build_transformer(layers=1, heads=1)
+    whole = forcing._rotation(model, torch.zeros(1, 16, 5, 8, 8), 0)
+    alone = forcing._rotation(model, torch.zeros(1, 16, 1, 8, 8), 3)
+    torch.testing.assert_close(alone, whole[3 * 16 : 4 * 16])
+
+
 def test_levels_are_those_of_the_sampler() -> None:
     scheduler = transformer.build_scheduler()
     scheduler.set_timesteps(50)
@@ -183,7 +234,7 @@ def test_the_training_pass_equals_diffusers(sample: int) -> None:
     timesteps = torch.tensor([[700, 999], [0, 333]])
     with torch.no_grad():
         embeddings, bias = text.embed_captions(tokenizer, encoder, captions)
-        ours = forcing.predict_velocity(model, x, timesteps, embeddings, bias)
+        ours, _ = forcing.predict_velocity(model, x, timesteps, embeddings, bias)
         padded = torch.zeros(2, text.MAX_TOKENS, text.TEXT_DIM)
         padded[:, : embeddings.shape[1]] = embeddings
         one = slice(sample, sample + 1)  # diffusers 0.42.1 adds fps to a batch of one alone

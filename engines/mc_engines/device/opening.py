@@ -18,6 +18,7 @@ from mc_engines.device.cuda import open_gpu
 from mc_engines.device.device import Device, Plan
 from mc_engines.device.kernels import compile_kernels
 from mc_engines.engine_choice import Place, choose_engine, read_plan
+from mc_engines.manifest import CACHE_SUFFIX
 from mc_engines.specs import Precision
 
 
@@ -76,7 +77,7 @@ def has_engine(bundle: Bundle, options: DeviceOptions, component: str) -> bool:
 def _read(store: EngineStore, component: str, place: Place) -> Plan:
     sidecar = choose_engine(store, Part(component), place)
     path = store.path(sidecar)
-    cache = path.with_name(f"{path.name}.sm{place.capability}.cache")
+    cache = path.with_name(f"{path.name}.sm{place.capability}{CACHE_SUFFIX}")
     return Plan(
         store.bundle.graph(component, place.form),
         read_plan(store, sidecar, place),
