@@ -1,4 +1,4 @@
-"""Running a graph in ONNX Runtime on the CPU.
+"""Running a graph in ONNX Runtime, on the CPU if nothing else is said.
 
 Neighbours: `Bundle` says where the graph lies and maps the weights that `run` takes.
 """
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mc_engines.bundle import Bundle
-from mc_engines.errors import EngineError, require
+from mc_engines.errors import EngineError, McError, require
+from mc_engines.onnxruntime_providers import Provider, create_session
 from mc_engines.runner import Array, Arrays, check_inputs
 from mc_engines.specs import GraphSpec, TensorSpec
 
@@ -19,7 +20,6 @@ FUSED_ATTENTION_BYTES = 256 * 10**6
 # Layer weights that are stored in another dtype are cast once and held, up to this much of float32;
 # beyond it, one layer at a time, in every pass. DF-1.3B takes 5 GB, DF-14B 56 GB.
 HELD_WEIGHTS_BYTES = 8 * 10**9
-_PROVIDER = "CPUExecutionProvider"
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -31,7 +31,7 @@ _DTYPES = {
 
 
 class OnnxRuntimeRunner:
-    """A graph on the CPU. A session may be run by several threads at once.
+    """A graph in ONNX Runtime. A session may be run by several threads at once.
 
     Contiguous inputs and weights are used where they lie; the outputs are new arrays.
 
@@ -39,6 +39,7 @@ class OnnxRuntimeRunner:
         graph: The tensors of the file, as the bundle states them.
         path: The ONNX file; ONNX Runtime maps the `.onnx.data` beside it.
         threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+        provider: That runs it.
 
     Attributes:
         graph: The tensors the runner takes and gives.
@@ -48,14 +49,20 @@ class OnnxRuntimeRunner:
         EngineError: The file cannot be loaded, does not have these tensors, or has bfloat16 ones.
     """
 
-    def __init__(self, graph: GraphSpec, path: Path, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: GraphSpec,
+        path: Path,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+    ) -> None:
         self.graph = graph
         if any(spec.dtype == "bfloat16" for spec in (*graph.inputs, *graph.weights)):
             raise EngineError(
                 f"{graph.file}: expected float32 or float16 on the CPU, got bfloat16, "
                 "for which ONNX Runtime has no CPU kernels. Use the form fp32."
             )
-        self._session = _load(graph.file, path, threads)
+        self._session = _load(graph.file, path, threads, provider)
         given = self._session.get_inputs(), self._session.get_outputs()
         for kind, specs, nodes in zip(
             ("inputs", "outputs"),
@@ -89,15 +96,20 @@ class OnnxRuntimeRunner:
 
 
 def open_runner(
-    bundle: Bundle, component: str, form: str = "fp32", threads: int | None = None
+    bundle: Bundle,
+    component: str,
+    form: str = "fp32",
+    threads: int | None = None,
+    provider: Provider = "cpu",
 ) -> OnnxRuntimeRunner:
-    """Load a graph of a bundle for the CPU.
+    """Load a graph of a bundle.
 
     Args:
         bundle: An opened bundle.
         component: Such as `block`.
         form: Such as `fp32`.
         threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+        provider: That runs it.
 
     Returns:
         The runner; weights, where the graph takes any, come from `bundle.layer_weights`.
@@ -108,11 +120,11 @@ def open_runner(
         EngineError: The graph cannot be loaded.
     """
     return OnnxRuntimeRunner(
-        bundle.graph(component, form), bundle.graph_path(component, form), threads
+        bundle.graph(component, form), bundle.graph_path(component, form), threads, provider
     )
 
 
-def _load(file: str, path: Path, threads: int | None) -> Any:
+def _load(file: str, path: Path, threads: int | None, provider: Provider) -> Any:
     onnxruntime = require("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -121,12 +133,11 @@ def _load(file: str, path: Path, threads: int | None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors only: they are raised as well
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[_PROVIDER])
+        return create_session(path, options, provider)
+    except McError:
+        raise
     except Exception as error:
         raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error
-    if session.get_providers() != [_PROVIDER]:
-        raise EngineError(f"{file}: expected {_PROVIDER}, got {session.get_providers()}.")
-    return session
 
 
 def _check_nodes(file: str, kind: str, specs: tuple[TensorSpec, ...], nodes: list[Any]) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "INPUT",
     "choose_device",
     "choose_options",
+    "choose_provider",
     "device_flags",
     "make_say",
     "setting_options",
@@ -25,6 +26,7 @@ import click
 from mc_engines.building.bounds import VideoLimits
 from mc_engines.building.library import BACKENDS
 from mc_engines.device.opening import DeviceOptions
+from mc_engines.onnxruntime_providers import Provider
 from mc_engines.specs import PRECISIONS
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
@@ -32,6 +34,11 @@ from mc_runtime.pipeline import VideoPipeline
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
 _CPU = "cpu"
+_PROVIDERS: dict[str, Provider] = {  # of ONNX Runtime, by backend
+    _CPU: "cpu",
+    "onnxruntime-cuda": "cuda",
+    "onnxruntime-tensorrt-rtx": "nv-tensorrt-rtx",
+}
 _MEGABYTE = 2**20
 _OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
 _HELP = {
@@ -109,10 +116,10 @@ def device_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 _DEVICE_FLAGS = (
     click.option(
         "--backend",
-        type=click.Choice((_CPU, *BACKENDS)),
+        type=click.Choice((*_PROVIDERS, *BACKENDS)),
         default=_CPU,
         show_default=True,
-        help="What runs the engines: ONNX Runtime on the CPU, or a library on a GPU.",
+        help="What runs the model: ONNX Runtime, on the CPU or a GPU, or engines of mc-build.",
     ),
     click.option(
         "--dtype", type=click.Choice(PRECISIONS), help="Of the engines on a GPU; default: bf16."
@@ -139,17 +146,17 @@ def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> Devi
         options: Of the run, whose sizes the engines have to take.
 
     Returns:
-        Where engines run; None for the CPU.
+        Where engines run; None where ONNX Runtime runs the graphs, see `choose_provider`.
 
     Raises:
-        UsageError: A flag for a GPU without a backend that has one.
+        UsageError: A flag for engines without a backend that has any.
     """
     names = "dtype", "engines", "max_vram", "device"
     given = [name for name in names if values[name] is not None]
-    if values["backend"] == _CPU:
+    if values["backend"] in _PROVIDERS:
         if given:
             flag = given[0].replace("_", "-")
-            raise click.UsageError(f"--{flag} is for a GPU. Add --backend {BACKENDS[0]}.")
+            raise click.UsageError(f"--{flag} is for engines. Add --backend {BACKENDS[0]}.")
         return None
     frames = min(options.num_frames, options.base_num_frames)
     limits = VideoLimits(options.height, options.width, frames, options.causal_block_size)
@@ -162,6 +169,11 @@ def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> Devi
         most,
         values["device"] or 0,
     )
+
+
+def choose_provider(values: Mapping[str, Any]) -> Provider:
+    """Return what ONNX Runtime runs graphs on, from the flags of `device_flags`."""
+    return _PROVIDERS.get(values["backend"], "cpu")
 
 
 def make_say(quiet: bool) -> Callable[[str], None]:

@@ -27,6 +27,7 @@ from mc_runtime.flags import (
     INPUT,
     choose_device,
     choose_options,
+    choose_provider,
     device_flags,
     make_say,
     setting_options,
@@ -130,14 +131,24 @@ def main(
         pipeline = VideoPipeline(pipeline.bundle, values["threads"])
     run = _prepare(pipeline, values, given, output, save_latents, trace)
     check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
+    pipeline.provider = choose_provider(values)
     device = choose_device(values, run.options)
     if device is not None:
         pipeline.use_device(device)
+        make_say(quiet)(_describe_device(pipeline))
     interrupted = _generate(run, record, quiet)
     if device is not None and pipeline.device is not None:
         pipeline.device.keep_compiled()
     if interrupted:
         ctx.exit(INTERRUPTED)
+
+
+def _describe_device(pipeline: VideoPipeline) -> str:
+    """Load the engines, and say which parts run where."""
+    device = pipeline.device
+    assert device is not None
+    others = sorted(pipeline.bundle.manifest.components.keys() - device.engines.keys())
+    return f"On {device.gpu.name}: {', '.join(device.engines)}. On the CPU: {', '.join(others)}."
 
 
 def _replace_recorded(recorded: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mc_engines.bundle import Bundle
 from mc_engines.device.device import Device
 from mc_engines.device.opening import DeviceOptions, has_engine, open_device
+from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Runner
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
@@ -63,9 +64,12 @@ class VideoPipeline:
     Attributes:
         bundle: What was opened.
         threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+        provider: What ONNX Runtime runs graphs on.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, provider: Provider = "cpu"
+    ) -> None:
         if bundle.manifest.family != FAMILY:
             raise ValueError(
                 f"{bundle.path}: expected a bundle of the family {FAMILY}, "
@@ -73,6 +77,7 @@ class VideoPipeline:
             )
         self.bundle = bundle
         self.threads = threads
+        self.provider = provider
         self._device_options: DeviceOptions | None = None
 
     def use_device(self, options: DeviceOptions) -> None:
@@ -116,7 +121,7 @@ class VideoPipeline:
     @cached_property
     def transformer(self) -> Transformer:
         """The transformer's engines."""
-        return open_transformer(self.bundle, self.threads)
+        return open_transformer(self.bundle, self.threads, self.provider)
 
     @property
     def passes(self) -> Passes:
@@ -164,7 +169,7 @@ class VideoPipeline:
             outputs = self.device.engines[component].graph.outputs
             states = {spec.name for spec in outputs if spec.name.startswith("next_state")}
             return self.device.runner(component, frozenset(states))
-        return open_runner(self.bundle, component, "fp32", self.threads)
+        return open_runner(self.bundle, component, "fp32", self.threads, self.provider)
 
     @property
     def _vae_config(self) -> VaeConfig:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.bundle import Bundle
+from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import (
     FUSED_ATTENTION_BYTES,
     HELD_WEIGHTS_BYTES,
@@ -316,12 +317,15 @@ def encode_timesteps(
     return Conditions(outputs["modulation"], outputs["head_modulation"])
 
 
-def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
-    """Load the transformer's graphs and weights for the CPU, in float32.
+def open_transformer(
+    bundle: Bundle, threads: int | None, provider: Provider = "cpu"
+) -> Transformer:
+    """Load the transformer's graphs and weights for ONNX Runtime, in float32.
 
     Args:
         bundle: An opened bundle.
         threads: Threads of one operator; None lets ONNX Runtime take every physical core.
+        provider: That runs the graphs.
 
     Returns:
         The transformer; weights stored as float32 stay mapped, others are cast in memory.
@@ -334,8 +338,13 @@ def open_transformer(bundle: Bundle, threads: int | None) -> Transformer:
     config = TransformerConfig.from_manifest(bundle.manifest.config["transformer"])
     return Transformer(
         config,
-        {name: open_runner(bundle, name, "fp32", threads) for name in names},
-        open_runner(bundle, "block", "fp32-mha", threads),
+        {
+            name: open_runner(
+                bundle, name, "fp32", threads, "cpu" if name == "timestep" else provider
+            )
+            for name in names
+        },
+        open_runner(bundle, "block", "fp32-mha", threads, provider),
         _block_weights(bundle, config.layers),
         lambda layer: bundle.layer_weights("context", layer, "fp32"),
     )

@@ -69,8 +69,9 @@ def test_an_engine_that_is_missing_is_named_with_the_command_that_makes_it(
 def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder, driver):
     for path in folder.rglob("vae_decoder_*"):
         path.unlink()
-    _, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
+    result, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
     assert given.exists()
+    assert "On the CPU: timestep, vae_decoder_first, vae_decoder_next." in result.output
 
 
 def test_a_larger_video_than_there_are_engines_for_is_refused(
@@ -88,9 +89,17 @@ def test_a_gpu_of_another_generation_is_refused(tiny_bundle, tmp_path, folder, d
 
 
 @pytest.mark.parametrize("flag", ["--dtype=fp16", "--engines=x", "--max-vram=100", "--device=0"])
-def test_a_flag_for_a_gpu_wants_a_backend(tiny_bundle, tmp_path, flag):
+def test_a_flag_for_engines_wants_a_backend(tiny_bundle, tmp_path, flag):
     result, _ = run(tiny_bundle, tmp_path / "a.mp4", flag, code=2)
-    assert f"{flag.partition('=')[0]} is for a GPU. Add --backend tensorrt-rtx." in result.output
+    said = f"{flag.partition('=')[0]} is for engines. Add --backend tensorrt-rtx."
+    assert said in result.output
+
+
+def test_onnxruntime_without_the_provider_is_refused(tiny_bundle, tmp_path):
+    more = "--backend", "onnxruntime-cuda"
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *more, code=1)
+    assert "onnxruntime: expected CUDAExecutionProvider, got [" in result.output
+    assert "motioncache[gpu]" in result.output
 
 
 def test_no_driver_is_said_with_the_way_out(tiny_bundle, tmp_path):
