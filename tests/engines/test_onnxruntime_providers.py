@@ -1,4 +1,4 @@
-"""Providers of ONNX Runtime for GPUs, with a stand-in: the one that is active is the one asked for."""
+"""Providers of ONNX Runtime for GPUs, with a stand-in: what is active is what was asked for."""
 
 import sys
 from pathlib import Path
@@ -101,13 +101,13 @@ def test_the_plug_in_is_registered_once_and_runs_on_its_own_devices(install):
 
 def test_a_plug_in_without_a_gpu_is_an_error(install):
     install(OnnxRuntime([CPU], [CPU]), "plugin.so")
-    with pytest.raises(EngineError, match="expected a GPU for NvTensorRTRTX.*, got none"):
+    with pytest.raises(EngineError, match=r"expected a GPU for NvTensorRTRTX.*, got none"):
         load("nv-tensorrt-rtx")
 
 
 def test_a_plug_in_that_cannot_be_loaded_is_an_error(install):
     install(OnnxRuntime([CPU], [CPU]), "broken")
-    with pytest.raises(EngineError, match="to load, got: libcuda.so.1 is missing"):
+    with pytest.raises(EngineError, match=r"to load, got: libcuda\.so\.1 is missing"):
         load("nv-tensorrt-rtx")
 
 
