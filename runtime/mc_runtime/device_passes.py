@@ -93,8 +93,8 @@ class DevicePasses:
     rooms: dict[int, Room] = field(default_factory=dict)
 
     def timed(self, clock: Clock) -> "DevicePasses":
-        """Return the same transformer, whose time on the GPU is added to a clock."""
-        return replace(self, clock=clock)
+        """Return the same transformer with activations and a clock of its own, for one window."""
+        return replace(self, clock=clock, rooms={})
 
     @contextmanager
     def _use(self) -> Generator[None]:
@@ -259,8 +259,7 @@ class DevicePasses:
             }
             weights = self.weights.use(layer)
             if layer == 0:
-                profile = device.engines["block"].choose_profile({**inputs, **weights})
-            context = device.context("block", profile, layer)
+                context = device.context_for("block", {**inputs, **weights})
             context.bind(inputs, weights, {"y": ys[(layer + 1) % 2], **new})
             context.enqueue(device.stream)
             self.weights.done(layer)

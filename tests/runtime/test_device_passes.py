@@ -5,6 +5,7 @@ engine was executed by TensorRT here. Each planted fault has to be noticed.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -154,6 +155,17 @@ def test_nothing_of_a_finished_window_stays_on_the_gpu(tiny) -> None:
     used = setup.driver.total - setup.driver.cuMemGetInfo()[1]
     setup.generate(setup.passes, "none")
     assert setup.driver.total - setup.driver.cuMemGetInfo()[1] == used
+
+
+def test_two_generations_at_once_do_not_meet(tiny) -> None:
+    setup = Setup(tiny)
+    options = [replace(OPTIONS, seed=seed, num_frames=17) for seed in (1, 2)]
+    alone = [setup.generate(setup.passes, "none", each).latents for each in options]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(partial(setup.generate, setup.passes, "none"), options))
+    for video, expected in zip(both, alone, strict=True):
+        np.testing.assert_allclose(video.latents, expected, atol=2e-5)
+    assert setup.driver.faults == []
 
 
 def test_a_video_larger_than_the_profiles_is_refused(tiny) -> None:
@@ -354,6 +366,15 @@ def replay_another_chunks_graph(patch) -> None:
     patch(DevicePasses, "_run_blocks", confuse)
 
 
+def one_context_for_all_shapes(patch) -> None:
+    context_for, first = Device.context_for, {}
+
+    def share(self, component, arrays):
+        return first.setdefault(component, context_for(self, component, arrays))
+
+    patch(Device, "context_for", share)
+
+
 def share_a_graph_between_branches(patch) -> None:
     open_branch, shared = DevicePasses.open_branch, {}
 
@@ -445,6 +466,7 @@ RESIDENT = [
     use_pinned_memory_again_at_once,
     record_before_the_first_run,
     replay_another_chunks_graph,
+    one_context_for_all_shapes,
     share_a_graph_between_branches,
     keep_an_old_residual,
     scratch_over_activations,

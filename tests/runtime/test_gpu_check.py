@@ -51,11 +51,11 @@ def test_every_engine_that_the_cpu_runs_too_is_compared(report):
 def test_an_engine_that_computes_something_else_is_noticed(report, monkeypatch):
     compute = stand_in_tensorrt.compute
 
-    def spoil(alive, shapes, addresses, scratch):
-        compute(alive, shapes, addresses, scratch)
+    def spoil(context, shapes, addresses, scratch):
+        compute(context, shapes, addresses, scratch)
         if "head_modulation" in shapes:
             size = 4 * int(np.prod(shapes["out"][:2])) * 64
-            patches = alive().driver.view(addresses["patches"], size).view(np.float32)
+            patches = context.driver.view(addresses["patches"], size).view(np.float32)
             patches *= 1 + 2 * TOLERANCE["fp32"]
 
     monkeypatch.setattr(stand_in_tensorrt, "compute", spoil)

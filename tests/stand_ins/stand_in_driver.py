@@ -7,6 +7,7 @@ found. Everything wrong that a GPU would not report is collected in `faults`.
 """
 
 import ctypes
+import threading
 from bisect import bisect_right
 from collections import deque
 from enum import IntEnum
@@ -70,6 +71,7 @@ class StandInDriver:
         self.hosts, self.streams, self.faults = {}, [], []
         self.kernels = {"move_rows": self.move_rows}
         self.launches, self.replays, self.waits = 0, 0, 0
+        self.lock = threading.RLock()  # memory is given back by any thread
 
     # Devices and errors
 
@@ -160,6 +162,10 @@ class StandInDriver:
 
     def drain(self, stream, until=None):
         """Do the work of a stream, all or up to a ticket."""
+        with self.lock:
+            self.drain_alone(stream, until)
+
+    def drain_alone(self, stream, until):
         while stream.queue and (until is None or stream.done < until):
             work = stream.queue.popleft()
             stream.done += 1

@@ -131,6 +131,7 @@ class StandInContext:
         self.engine, self.driver = engine, engine.driver
         self.shapes, self.addresses, self.scratch, self.profile = {}, {}, None, None
         self.warm = set()  # shapes that were enqueued, and so can be captured
+        self.ran = None  # shapes of the last run, which recorded work relies on
 
     def set_optimization_profile_async(self, number, stream):
         self.profile = self.engine.profiles[number]
@@ -178,7 +179,16 @@ class StandInContext:
             return False
         self.warm.add(key)
         alive, shapes, addresses = weakref.ref(self), dict(self.shapes), dict(self.addresses)
-        self.driver.put(stream, lambda: compute(alive, shapes, addresses, self.scratch))
+        recorded, scratch = stream.captured is not None, self.scratch
+
+        def work():
+            context = alive()
+            if context is None or (recorded and context.ran != key):
+                raise Fault("a context that is gone, or has run in other shapes since")
+            context.ran = key
+            compute(context, shapes, addresses, scratch)
+
+        self.driver.put(stream, work)
         return True
 
 
@@ -190,11 +200,8 @@ def resolve(size, sizes):
     return int(factor or 1) * sizes[letter]
 
 
-def compute(alive, shapes, addresses, scratch):
+def compute(context, shapes, addresses, scratch):
     """Run the ONNX graph on what lies at the addresses now."""
-    context = alive()
-    if context is None:
-        raise Fault("a context that is gone")
     engine, view = context.engine, context.driver.view
     view(*scratch)[:] = 0xEE
     feeds = {}

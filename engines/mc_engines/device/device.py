@@ -30,6 +30,7 @@ from mc_engines.device.weights import (
 from mc_engines.runner import Arrays
 from mc_engines.specs import GraphSpec
 
+Shapes = tuple[tuple[int, ...], ...]
 _REMEDY = "Build engines for a smaller video, or close what else uses the GPU."
 
 
@@ -98,23 +99,29 @@ class Device:
         self._caches = {name: plan.cache for name, plan in plans.items() if plan.cache}
         size = max((engine.scratch for engine in self.engines.values()), default=0)
         self._scratch = gpu.allocate(max(1, size), "what engines need while they run", _REMEDY)
-        self._contexts: dict[tuple[str, int, int], Context] = {}
+        self._contexts: dict[tuple[str, int, Shapes], Context] = {}
         self._max_vram = max_vram
 
-    def context(self, component: str, profile: int, number: int = 0) -> Context:
-        """Return a context, opened when it is first asked for.
+    def context_for(self, component: str, arrays: Mapping[str, DeviceArray]) -> Context:
+        """Return the context for the shapes of inputs and weights, opened when they are new.
+
+        A recorded graph is good for as long as its context sees no other shapes, so that each
+        combination has a context of its own (TensorRT documentation, "CUDA graphs").
 
         Args:
             component: Such as `block`.
-            profile: Of the engine, from `choose_profile`.
-            number: Of several contexts of one engine, such as a layer.
+            arrays: Inputs and weights by name.
+
+        Returns:
+            The context; what it works on may be bound anew for every run.
 
         Raises:
-            EngineError: It cannot be opened.
+            EngineError: No profile takes these shapes, or the context cannot be opened.
         """
-        key = component, profile, number
+        engine = self.engines[component]
+        profile = engine.choose_profile(arrays)
+        key = component, profile, tuple(array.shape for array in arrays.values())
         if key not in self._contexts:
-            engine = self.engines[component]
             self._contexts[key] = engine.open_context(profile, self.stream, self._scratch)
         return self._contexts[key]
 
@@ -130,7 +137,7 @@ class Device:
             ValueError: A name, dtype or shape is not the one of the spec.
             EngineError: A shape is outside the profiles, or the library refuses.
         """
-        context = self.context(component, self.engines[component].choose_profile(inputs))
+        context = self.context_for(component, inputs)
         context.bind(inputs, {}, outputs)
         context.enqueue(self.stream)
 
