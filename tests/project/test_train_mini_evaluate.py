@@ -250,13 +250,16 @@ def test_the_learning_rate_is_a_trapezoid() -> None:
     assert again[:2] == pytest.approx([0.01, 0.02]) and again[99:] == rates[499:800]
 
 
+CLIPS = {0: 0, 1: 1, 10: 100_000, 11: 100_001}  # seeds, by the hundreds of their latents
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> latents.Cache:
     """Two whole clips and two beginnings; a latent's value is 100 * clip + its frame."""
     for first, frames in ((0, 25), (100_000, 10)):
         values = 100 * np.arange(2)[:, None] + (1000 if frames == 10 else 0) + np.arange(frames)
         stored = np.broadcast_to(values[:, None, :, None, None], (2, 16, frames, 2, 2))
-        captions = [f"{frames}-{clip}" for clip in range(2)]
+        captions = [world.draw_scene(first + clip).caption() for clip in range(2)]
         np.savez(
             tmp_path / f"{frames}-{first:06}.npz",
             latents=stored.astype(np.float16),
@@ -268,20 +271,47 @@ def cache(tmp_path, monkeypatch) -> latents.Cache:
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 def test_pieces_begin_a_clip_or_continue_clean_chunks(cache, chunks: int) -> None:
-    rng = np.random.default_rng(0)
-    drawn, captions, clean = cache.draw(rng, 200, chunks)
-    assert drawn.shape == (200, 16, 5 * chunks, 2, 2)
+    batch = cache.draw(np.random.default_rng(0), 200, 5 * chunks)
+    drawn, clean = batch.latents, batch.clean
+    assert drawn.shape == (200, 16, 5 * chunks, 2, 2) and batch.first == 0
     starts = drawn[:, 0, 0, 0, 0].numpy() % 100
     assert set(starts[clean == 0]) == {0}
     assert (clean < chunks).all() and (clean.mean() > 0) == (chunks > 1)
     assert set(starts[clean > 0]) <= {0, 5, 10, 15}
-    kinds = {caption.partition("-")[0] for caption in captions}
-    assert kinds == ({"25"} if chunks == 5 else {"25", "10"})
-    for piece, caption in zip(drawn.numpy(), captions, strict=True):
-        frames, clip = map(int, caption.split("-"))
-        offset = 100 * clip + (1000 if frames == 10 else 0)
-        np.testing.assert_array_equal(np.diff(piece[0, :, 0, 0]), 1)
-        assert offset <= piece.min() <= piece.max() < offset + frames
+    scenes = {clip: world.draw_scene(seed) for clip, seed in CLIPS.items()}
+    seen = set()
+    for piece, cover, caption in zip(drawn.numpy(), batch.cover, batch.captions, strict=True):
+        kind, frame = divmod(int(piece[0, 0, 0, 0]), 100)
+        seen.add(kind)
+        assert caption == scenes[kind].caption()
+        np.testing.assert_array_equal(piece[0, :, 0, 0], piece[0, 0, 0, 0] + np.arange(5 * chunks))
+        expected = latents._cover_groups(scenes[kind], frame + 5 * chunks)[frame:]
+        np.testing.assert_array_equal(cover, expected)
+    assert seen == ({0, 1} if chunks == 5 else {0, 1, 10, 11})
+
+
+def test_single_frames_come_from_the_first_chunk(cache) -> None:
+    rng, firsts = np.random.default_rng(0), set()
+    for _ in range(40):
+        batch = cache.draw(rng, 3, 1)
+        assert batch.latents.shape == (3, 16, 1, 2, 2)
+        assert set((batch.latents[:, 0, 0, 0, 0] % 100).tolist()) == {batch.first}
+        firsts.add(batch.first)
+    assert firsts == set(range(5))
+
+
+def test_plain_clips_have_one_object(cache) -> None:
+    plain = latents.Cache(plain=True)
+    expected = [seed for seed in CLIPS.values() if world.draw_scene(seed).is_plain()]
+    assert len(plain._clips) == len(expected) < len(CLIPS)
+
+
+def test_latents_of_another_world_are_refused(cache, tmp_path) -> None:
+    path = tmp_path / "25-000000.npz"
+    with np.load(path) as shard:
+        np.savez(path, latents=shard["latents"], captions=["a", "b"])
+    with pytest.raises(SystemExit, match=r"expected clips of the world as it is\. Delete the file"):
+        latents.Cache()
 
 
 def test_a_training_can_begin_from_the_weights_in_the_package() -> None:

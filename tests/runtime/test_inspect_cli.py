@@ -312,7 +312,7 @@ def test_flags_want_the_one_they_belong_to(path, traced):
         refused(f"{flag}: expected with --policy, got it alone. Add it.", path, flag, value)
     message = "--policy looks ahead, --trace back. Leave one of them out."
     refused(message, path, "--trace", traced, "--policy", "none")
-    message = "Missing argument 'BUNDLE'. Name a bundle, or pass --trace alone."
+    message = "Missing argument 'BUNDLE'. Name a bundle, or pass --trace or --doctor alone."
     refused(message, "--policy", "none")
     refused(message, "--trace", traced, "--verify")
 
