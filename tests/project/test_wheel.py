@@ -104,7 +104,7 @@ def test_the_core_needs_neither_torch_nor_an_engine(metadata: Message) -> None:
     }
     assert not heavy & core
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"cpu", "gpu", "rtx", "trt", "export", "video", "bench"}
+    assert extras == {"cpu", "gpu", "plugin", "rtx", "trt", "export", "video", "bench"}
 
 
 def syntax_trees(package: str) -> list[ast.Module]:
