@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from mc_engines.building.bounds import VideoLimits
 from mc_engines.bundle import Bundle
 from mc_engines.device.device import Device
 from mc_engines.device.opening import DeviceOptions
+from mc_engines.device.runner import DeviceRunner
 from mc_engines.runner import Arrays, Runner
 from mc_engines.specs import GraphSpec
 from mc_runtime.doctor import examine
+from mc_runtime.flags import limit_video
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.transformer import Transformer
@@ -107,7 +108,7 @@ def compare_engines(device: Device, form: str, calls: Mapping[str, list[Call]]) 
 def _compare(device: Device, form: str, component: str, calls: list[Call]) -> Comparison:
     if not calls:
         return Comparison(component, 0, None, TOLERANCE[form], None)
-    runner, errors, times = device.runner(component), [], []
+    runner, errors, times = DeviceRunner(device, component), [], []
     specs = {spec.name: spec for spec in (*runner.graph.inputs, *runner.graph.weights)}
     for call in calls:
         weights = None
@@ -172,11 +173,8 @@ def main() -> None:
     flags = parser.parse_args()
     bundle = Bundle.open(flags.bundle)
     options = replace(VideoPipeline(bundle).default_options, num_inference_steps=flags.steps)
-    frames = min(options.num_frames, options.base_num_frames)
-    limits = VideoLimits(options.height, options.width, frames, options.causal_block_size)
-    report = check(
-        bundle, DeviceOptions(flags.backend, limits, flags.dtype, flags.engines), options
-    )
+    device_options = DeviceOptions(flags.backend, limit_video(options), flags.dtype, flags.engines)
+    report = check(bundle, device_options, options)
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(json.dumps(report, indent=2) + "\n")
     for line in report["engines"]:

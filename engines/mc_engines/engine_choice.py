@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mc_engines.building.bounds import Shape, VideoLimits, bound_symbols
+from mc_engines.building.bounds import Shape, VideoLimits, bound_symbols, fits
 from mc_engines.building.compile import Request, name_targets
 from mc_engines.building.library import Backend
 from mc_engines.building.partition import Part, graph_hash, graph_of
@@ -161,19 +161,19 @@ def _say_if_left_out(part: Part, place: Place, sidecars: list[Sidecar]) -> None:
 def _covers(sidecar: Sidecar, largest: Mapping[str, Shape]) -> bool:
     """Say whether one profile takes all inputs at their largest."""
     return any(
-        all(_fits(profile[name], shape) for name, shape in largest.items())
+        all(_takes(profile, name, shape) for name, shape in largest.items())
         for profile in sidecar.profiles
     )
 
 
-def _fits(bounds: Any, shape: Shape) -> bool:
-    least, _, most = bounds
-    return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+def _takes(profile: Mapping[str, Any], name: str, shape: Shape) -> bool:
+    least, _, most = profile[name]
+    return fits(shape, least, most)
 
 
 def _tell_sizes(sidecar: Sidecar, largest: Mapping[str, Shape]) -> str:
     for name, shape in largest.items():
-        if not any(_fits(profile[name], shape) for profile in sidecar.profiles):
+        if not any(_takes(profile, name, shape) for profile in sidecar.profiles):
             least, _, most = max(
                 (profile[name] for profile in sidecar.profiles), key=lambda bounds: bounds[2]
             )

@@ -4,7 +4,7 @@ This is the one home of names, dtypes and symbolic shapes. The exporter writes t
 graphs it made, the bundle stores them, the runner checks inputs against them.
 """
 
-__all__ = ["PRECISIONS", "ComponentSpec", "GraphSpec", "Precision", "TensorSpec"]
+__all__ = ["PRECISIONS", "ComponentSpec", "GraphSpec", "Precision", "TensorSpec", "split_size"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +15,23 @@ import numpy as np
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def split_size(size: str) -> tuple[int, str]:
+    """Take the factor off a symbolic size.
+
+    Args:
+        size: A symbol, or a factor, a star and a symbol.
+
+    Returns:
+        The factor, 1 where there is none, and the symbol.
+
+    Example:
+        >>> split_size("8*h"), split_size("K")
+        ((8, 'h'), (1, 'K'))
+    """
+    factor, _, symbol = size.rpartition("*")
+    return int(factor or 1), symbol
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mc_engines.device.arrays import DeviceArray, allocate_array
 from mc_engines.device.cuda import Graph
 from mc_engines.device.device import Device
+from mc_engines.device.runner import DeviceRunner
 from mc_engines.device.weights import LayerWeights
 from mc_engines.runner import Array, Runner
 from mc_engines.timed_runner import Clock
@@ -117,8 +118,8 @@ class DevicePasses:
 
     def encode_context(self, embedding: NDArray[np.float32]) -> list[dict[str, DeviceArray]]:
         """Compute the keys and values of a prompt; they stay on the GPU."""
-        text = self.device.runner("text_projection").run({"embedding": embedding})
-        context = self.device.runner("context", frozenset({"cross_k", "cross_v"}))
+        text = DeviceRunner(self.device, "text_projection").run({"embedding": embedding})
+        context = DeviceRunner(self.device, "context", frozenset({"cross_k", "cross_v"}))
         layers = range(self.config.layers)
         return [context.run(text, self.device.load_weights("context", layer)) for layer in layers]
 
@@ -247,7 +248,6 @@ class DevicePasses:
             "modulation": room["modulation"],
             "kv_map": branch.kv_maps[chunk],
         }
-        recordable = self.weights.stay
         for layer in range(config.layers):
             keys, values = branch.keys[layer], branch.values[layer]
             inputs = {
@@ -265,8 +265,7 @@ class DevicePasses:
             self.weights.done(layer)
             move(new["k_new"], keys, targets=slots)
             move(new["v_new"], values, targets=slots)
-            recordable = recordable and context.can_be_captured(device.stream)
-        return recordable
+        return self.weights.stay and context.can_be_captured(device.stream)
 
     def read(
         self,

@@ -7,7 +7,7 @@ __all__ = ["Diagnosis", "Finding", "examine"]
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from mc_engines.device.cuda import Gpu, open_gpu
 from mc_engines.errors import BundleError, EngineError, MissingExtraError
 from mc_engines.specs import PRECISIONS
 from mc_runtime.device_passes import ON_DEVICE
+from mc_runtime.versions import find_version
 
 State = Literal["good", "absent", "bad"]
 _CPU_PACKAGES = "onnxruntime", "onnxruntime-gpu"
@@ -109,7 +110,7 @@ def examine(bundle: Path | None = None, engines: Path | None = None) -> Diagnosi
 
 def _examine_onnxruntime() -> Finding:
     """ONNX Runtime runs parts of a generation on every backend."""
-    found = {name: _version(name) for name in _CPU_PACKAGES}
+    found = {name: find_version(name) for name in _CPU_PACKAGES}
     installed = [name for name, version in found.items() if version]
     if len(installed) == 2:
         return Finding(
@@ -130,7 +131,7 @@ def _examine_onnxruntime() -> Finding:
 
 
 def _examine_plugins() -> Iterator[Finding]:
-    version = _version(_PLUGIN)
+    version = find_version(_PLUGIN)
     if version is not None:
         yield Finding("plug-in", "good", f"{_PLUGIN} {version}")
 
@@ -201,10 +202,3 @@ def _find_hindrance(
     if not store.is_whole(sidecar):
         return "the file is not whole"
     return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -11,6 +11,7 @@ __all__ = [
     "choose_options",
     "choose_provider",
     "device_flags",
+    "limit_video",
     "make_say",
     "setting_options",
 ]
@@ -158,17 +159,21 @@ def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> Devi
             flag = given[0].replace("_", "-")
             raise click.UsageError(f"--{flag} is for engines. Add --backend {BACKENDS[0]}.")
         return None
-    frames = min(options.num_frames, options.base_num_frames)
-    limits = VideoLimits(options.height, options.width, frames, options.causal_block_size)
     most = None if values["max_vram"] is None else values["max_vram"] * _MEGABYTE
     return DeviceOptions(
         values["backend"],
-        limits,
+        limit_video(options),
         values["dtype"] or "bf16",
         values["engines"],
         most,
         values["device"] or 0,
     )
+
+
+def limit_video(options: GenerationOptions) -> VideoLimits:
+    """Return the largest video that engines of a run have to take."""
+    frames = min(options.num_frames, options.base_num_frames)
+    return VideoLimits(options.height, options.width, frames, options.causal_block_size)
 
 
 def choose_provider(values: Mapping[str, Any]) -> Provider:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from mc_engines.bundle import Bundle
 from mc_engines.device.device import Device
-from mc_engines.device.opening import DeviceOptions, has_engine, open_device
+from mc_engines.device.opening import DeviceOptions, list_components, open_device
+from mc_engines.device.runner import DeviceRunner
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Runner
@@ -97,8 +98,8 @@ class VideoPipeline:
         options = self._device_options
         if options is None:
             return None
-        wanted = [name for name in OPTIONAL_PARTS if name in self.bundle.manifest.components]
-        others = [name for name in wanted if has_engine(self.bundle, options, name)]
+        built = list_components(self.bundle, options)
+        others = [name for name in OPTIONAL_PARTS if name in built]
         return open_device(self.bundle, options, [*ON_DEVICE, *others])
 
     @classmethod
@@ -168,7 +169,7 @@ class VideoPipeline:
         if self.device is not None and component in self.device.engines:
             outputs = self.device.engines[component].graph.outputs
             states = {spec.name for spec in outputs if spec.name.startswith("next_state")}
-            return self.device.runner(component, frozenset(states))
+            return DeviceRunner(self.device, component, frozenset(states))
         return open_runner(self.bundle, component, "fp32", self.threads, self.provider)
 
     @property

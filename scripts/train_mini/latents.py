@@ -64,18 +64,16 @@ class _Entry:
 
 
 class Cache:
-    """The cached clips in memory.
+    """The cached clips in memory."""
 
-    Args:
-        plain: Keep clips of one object without pan and cut alone.
-    """
+    def __init__(self) -> None:
+        paths = sorted(_FOLDER.glob("*.npz"))
+        self._clips = [entry for path in paths for entry in _load_shard(path)]
+        self._plain = [clip for clip in self._clips if clip.plain]
 
-    def __init__(self, *, plain: bool = False) -> None:
-        entries = [entry for path in sorted(_FOLDER.glob("*.npz")) for entry in _load_shard(path)]
-        self._clips = [entry for entry in entries if entry.plain or not plain]
-        self._whole = [clip for clip in self._clips if len(clip.cover) == _CHUNKS * CHUNK]
-
-    def draw(self, rng: np.random.Generator, batch: int, frames: int) -> Batch:
+    def draw(
+        self, rng: np.random.Generator, batch: int, frames: int, *, plain: bool = False
+    ) -> Batch:
         """Draw pieces of clips.
 
         A single frame comes from anywhere in the first chunk. A single chunk begins a clip, as do
@@ -86,7 +84,10 @@ class Cache:
             rng: Source of randomness.
             batch: B.
             frames: 1, or whole chunks.
+            plain: From clips of one object without pan and cut alone.
         """
+        clips = self._plain if plain else self._clips
+        whole = [clip for clip in clips if len(clip.cover) == _CHUNKS * CHUNK]
         chunks = max(1, frames // CHUNK)
         first = int(rng.integers(CHUNK)) if frames < CHUNK else 0
         clean = np.zeros(batch, np.int64)
@@ -94,8 +95,8 @@ class Cache:
             clean = np.where(rng.random(batch) < 0.25, rng.integers(1, chunks, batch), 0)
         pieces = []
         for prefix in clean:
-            clips = self._whole if prefix or frames > _SHORT else self._clips
-            clip = clips[rng.integers(len(clips))]
+            choice = whole if prefix or frames > _SHORT else clips
+            clip = choice[rng.integers(len(choice))]
             start = CHUNK * int(rng.integers(_CHUNKS + 1 - chunks)) if prefix else first
             cut = slice(start, start + frames)
             pieces.append((clip.latents[:, cut], clip.cover[cut], clip.caption))

@@ -171,7 +171,7 @@ def compute_loss(mini: Mini, cache: Cache, step: int, stage: Stage) -> Tensor:
     batch, frames = stage.cycle[step % len(stage.cycle)]
     rng = np.random.default_rng(step)
     torch.manual_seed(step)
-    drawn = cache.draw(rng, batch, frames)
+    drawn = cache.draw(rng, batch, frames, plain=stage.learn_objects)
     captions = ["" if rng.random() < _DROPOUT else caption for caption in drawn.captions]
     chunks, extra = max(1, frames // CHUNK), torch.zeros(())
     places = _WORDY if stage.learn_objects else None
@@ -240,12 +240,12 @@ def train(steps: int, start: int = 0) -> None:
     models = {"mini": mini, "average": copy.deepcopy(mini)}
     optimizers = build_optimizers(mini, *_RATES, others=_NOT_MATRICES)
     first, start = start, load_training(_CHECKPOINT, models, optimizers) or start
-    caches = {learn: Cache(plain=learn) for learn in (False, True)}
+    cache = Cache()
     losses: dict[str, float] = {}
     saved = time.monotonic()
     for step in range(start, steps):
         stage = next(stage for stage in _STAGES if step < stage.end)
-        loss = compute_loss(mini, caches[stage.learn_objects], step, stage)
+        loss = compute_loss(mini, cache, step, stage)
         descend(loss, mini, optimizers, trapezoid(step, steps, first))
         update_average(models["average"], mini, step)
         name = f"loss_{stage.cycle[step % len(stage.cycle)][1]}"

@@ -2,7 +2,6 @@
 
 import ctypes
 import subprocess
-import threading
 from importlib.resources import files
 from pathlib import Path
 from shutil import which
@@ -17,6 +16,7 @@ from mc_engines.building.library import Library
 from mc_engines.bundle import Bundle
 from mc_engines.device.arrays import Transfers, allocate_array
 from mc_engines.device.cuda import Gpu, open_gpu
+from mc_engines.device.device import Device, Plan
 from mc_engines.device.engine import DeviceEngine
 from mc_engines.device.kernels import RowMover, compile_kernels
 from mc_engines.device.runner import DeviceRunner
@@ -187,7 +187,6 @@ class Engines:
         self.bundle = Bundle.open(folder)
         self.library = Library("tensorrt-rtx", StandInLibrary(driver))
         self.gpu = Gpu(driver)
-        self.transfers = Transfers(self.gpu.open_stream())
 
     def plan(self, name: str, **changes) -> bytes:
         graph = self.bundle.graph(name, "fp32")
@@ -200,10 +199,9 @@ class Engines:
         return DeviceEngine(self.library, self.bundle.graph(name, "fp32"), plan, f"{name}.engine")
 
     def runner(self, name: str, *resident: str) -> DeviceRunner:
-        engine = self.load(name, self.plan(name))
-        scratch = self.gpu.allocate(engine.scratch, "scratch", "")
-        lock = threading.RLock()
-        return DeviceRunner(engine, self.transfers, scratch, lock, frozenset(resident))
+        plan = Plan(self.bundle.graph(name, "fp32"), self.plan(name), f"{name}.engine")
+        device = Device(self.gpu, self.library, self.bundle, "fp32", {name: plan}, b"cubin 86")
+        return DeviceRunner(device, name, frozenset(resident))
 
 
 @pytest.fixture

@@ -301,9 +301,10 @@ def test_single_frames_come_from_the_first_chunk(cache) -> None:
 
 
 def test_plain_clips_have_one_object(cache) -> None:
-    plain = latents.Cache(plain=True)
     expected = [seed for seed in CLIPS.values() if world.draw_scene(seed).is_plain()]
-    assert len(plain._clips) == len(expected) < len(CLIPS)
+    assert len(cache._plain) == len(expected) < len(CLIPS)
+    drawn = cache.draw(np.random.default_rng(0), 50, 5, plain=True).captions
+    assert set(drawn) == {world.draw_scene(seed).caption() for seed in expected}
 
 
 def test_latents_of_another_world_are_refused(cache, tmp_path) -> None:

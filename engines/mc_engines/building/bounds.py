@@ -4,14 +4,22 @@ The shapes are those of the bundle's specs; nothing is written twice. Neighbours
 optimization profiles of the bounds.
 """
 
-__all__ = ["Bounds", "Shape", "VideoLimits", "bound_symbols", "bound_tensor", "bucket_symbols"]
+__all__ = [
+    "Bounds",
+    "Shape",
+    "VideoLimits",
+    "bound_symbols",
+    "bound_tensor",
+    "bucket_symbols",
+    "fits",
+]
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mc_engines.specs import TensorSpec
+from mc_engines.specs import TensorSpec, split_size
 
 Shape = tuple[int, ...]
 _TEXT_TOKENS = 512  # where a bundle has no text encoder that says it
@@ -128,14 +136,21 @@ def bound_tensor(spec: TensorSpec, symbols: Mapping[str, Bounds]) -> tuple[Shape
     return least, usual, most
 
 
+def fits(shape: Shape, least: Shape, most: Shape) -> bool:
+    """Say whether a shape lies within bounds, axis by axis."""
+    return len(shape) == len(least) and all(
+        low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+    )
+
+
 def _bound_size(spec: TensorSpec, size: int | str, symbols: Mapping[str, Bounds]) -> Bounds:
     if isinstance(size, int):
         return Bounds(size, size, size)
-    factor, _, symbol = size.rpartition("*")
+    times, symbol = split_size(size)
     if symbol not in symbols:
         raise ValueError(
             f"tensor '{spec.name}': expected sizes of {', '.join(symbols)}, got '{size}'. "
             "Export the bundle again with this version."
         )
-    times, base = int(factor or 1), symbols[symbol]
+    base = symbols[symbol]
     return Bounds(times * base.least, times * base.usual, times * base.most)

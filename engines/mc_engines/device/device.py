@@ -20,7 +20,6 @@ from mc_engines.device.arrays import DeviceArray, Transfers
 from mc_engines.device.cuda import Gpu
 from mc_engines.device.engine import Context, DeviceEngine
 from mc_engines.device.kernels import RowMover
-from mc_engines.device.runner import DeviceRunner
 from mc_engines.device.weights import (
     LayerWeights,
     ResidentWeights,
@@ -130,15 +129,16 @@ class Device:
         component: str,
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
+        weights: Mapping[str, DeviceArray] | None = None,
     ) -> None:
-        """Put one run of an engine without weights on the stream.
+        """Put one run of an engine on the stream.
 
         Raises:
             ValueError: A name, dtype or shape is not the one of the spec.
             EngineError: A shape is outside the profiles, or the library refuses.
         """
-        context = self.context_for(component, inputs)
-        context.bind(inputs, {}, outputs)
+        context = self.context_for(component, {**inputs, **(weights or {})})
+        context.bind(inputs, weights or {}, outputs)
         context.enqueue(self.stream)
 
     def unbind(self) -> None:
@@ -156,12 +156,6 @@ class Device:
             if compiled is not None and compiled != _read_cache(path):
                 with suppress(OSError):  # a read-only bundle compiles anew in every process
                     replace_file(path, compiled)
-
-    def runner(self, component: str, resident: frozenset[str] = frozenset()) -> DeviceRunner:
-        """Return a runner of an engine; see `DeviceRunner`."""
-        return DeviceRunner(
-            self.engines[component], self.transfers, self._scratch, self.lock, resident
-        )
 
     def count_layers(self, component: str) -> int:
         """Return how many layers a component has."""

@@ -11,6 +11,7 @@ __all__ = ["Context", "DeviceEngine"]
 from collections.abc import Mapping
 from typing import Any
 
+from mc_engines.building.bounds import Shape, fits
 from mc_engines.building.compile import make_log
 from mc_engines.building.library import Library
 from mc_engines.device.arrays import DeviceArray
@@ -20,7 +21,7 @@ from mc_engines.runner import check_inputs
 from mc_engines.specs import GraphSpec, TensorSpec
 
 Arrays = Mapping[str, DeviceArray]
-Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+Profile = dict[str, tuple[Shape, Shape]]
 
 
 class DeviceEngine:
@@ -92,9 +93,10 @@ class DeviceEngine:
         """
         misfits = []
         for number, profile in enumerate(self._profiles):
-            misfit = next(
-                (name for name, bounds in profile.items() if not _fits(arrays[name], bounds)), None
+            unfit = (
+                name for name, bounds in profile.items() if not fits(arrays[name].shape, *bounds)
             )
+            misfit = next(unfit, None)
             if misfit is None:
                 return number
             misfits.append(misfit)
@@ -223,10 +225,3 @@ class Context:
     def can_be_captured(self, stream: Stream) -> bool:
         """Whether the work can become part of a graph, as it is bound now."""
         return self._engine.library.can_be_captured(self._raw, int(stream.handle))
-
-
-def _fits(array: DeviceArray, bounds: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-    least, most = bounds
-    return len(array.shape) == len(least) and all(
-        low <= size <= high for low, size, high in zip(least, array.shape, most, strict=True)
-    )

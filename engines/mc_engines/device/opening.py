@@ -3,7 +3,7 @@
 Neighbours: `choose_engine` finds the engines that can run here, `Device` holds what is opened.
 """
 
-__all__ = ["DeviceOptions", "has_engine", "open_device"]
+__all__ = ["DeviceOptions", "list_components", "open_device"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,10 +68,10 @@ def open_device(bundle: Bundle, options: DeviceOptions, components: Sequence[str
     return Device(gpu, library, bundle, options.form, plans, kernels, options.max_vram)
 
 
-def has_engine(bundle: Bundle, options: DeviceOptions, component: str) -> bool:
-    """Say whether an engine of a component is there at all; it may be one that cannot run here."""
+def list_components(bundle: Bundle, options: DeviceOptions) -> set[str]:
+    """Name the components that have an engine at all; it may be one that cannot run here."""
     sidecars, _ = EngineStore(bundle, options.engines).read()
-    return any((each.part, each.form) == (Part(component), options.form) for each in sidecars)
+    return {each.component for each in sidecars if each.form == options.form and not each.layers}
 
 
 def _read(store: EngineStore, component: str, place: Place) -> Plan:

@@ -1,22 +1,20 @@
 """A graph on a GPU behind the life cycle of every runner.
 
-Neighbours: `DeviceEngine` does the work; the transformer's blocks are driven by
-`mc_runtime.device_transformer` instead, which leaves everything on the GPU.
+Neighbours: `Device` does the work; the transformer's blocks are driven by
+`mc_runtime.device_passes` instead, which leaves everything on the GPU.
 """
 
-__all__ = ["DeviceRunner", "allocate_outputs"]
+__all__ = ["DeviceRunner"]
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mc_engines.device.arrays import DeviceArray, Transfers, allocate_array
-from mc_engines.device.cuda import Gpu, Memory
-from mc_engines.device.engine import Context, DeviceEngine
-from mc_engines.runner import Arrays
-from mc_engines.specs import GraphSpec, TensorSpec
+from mc_engines.device.arrays import DeviceArray, allocate_array
+from mc_engines.device.device import Device
+from mc_engines.runner import Arrays, check_inputs
+from mc_engines.specs import GraphSpec, TensorSpec, split_size
 
 _REMEDY = "Generate a smaller video, or close what else uses the GPU."
 _SIXTEEN_BITS = "float16", "bfloat16"
@@ -28,10 +26,8 @@ class DeviceRunner:
     Safe to call from several threads: one after the other uses the GPU.
 
     Args:
-        engine: That runs.
-        transfers: To and from the GPU; its stream computes.
-        scratch: For the engine's contexts.
-        lock: Held while the GPU is used; of everything that shares the stream.
+        device: Has the engine.
+        component: Whose engine it is.
         resident: Outputs that stay on the GPU: they come as `DeviceArray`, to be given back as
             inputs of the next call, as the states of the VAE are.
 
@@ -40,17 +36,10 @@ class DeviceRunner:
     """
 
     def __init__(
-        self,
-        engine: DeviceEngine,
-        transfers: Transfers,
-        scratch: Memory,
-        lock: threading.RLock,
-        resident: frozenset[str] = frozenset(),
+        self, device: Device, component: str, resident: frozenset[str] = frozenset()
     ) -> None:
-        self.graph: GraphSpec = engine.graph
-        self._engine, self._transfers, self._scratch = engine, transfers, scratch
-        self._lock, self._resident = lock, resident
-        self._contexts: dict[int, Context] = {}
+        self.graph: GraphSpec = device.engines[component].graph
+        self._device, self._component, self._resident = device, component, resident
         self._rooms: dict[str, DeviceArray] = {}
 
     def run(self, inputs: Arrays, weights: Arrays | None = None) -> dict[str, Any]:
@@ -68,92 +57,68 @@ class DeviceRunner:
             ValueError: A name, dtype or shape is not the one of the spec.
             EngineError: A shape is outside the profiles, or the GPU failed.
         """
-        with self._lock:
-            stream = self._transfers.stream
-            stream.gpu.use()
-            placed = {
-                **self._place(self.graph.inputs, inputs),
-                **self._place(self.graph.weights, weights or {}),
-            }
-            number = self._engine.choose_profile(placed)
-            if number not in self._contexts:
-                self._contexts[number] = self._engine.open_context(number, stream, self._scratch)
-            outputs = allocate_outputs(stream.gpu, self.graph, placed)
-            names = {spec.name for spec in self.graph.inputs}
-            given = {name: array for name, array in placed.items() if name in names}
-            rest = {name: array for name, array in placed.items() if name not in names}
-            context = self._contexts[number]
-            context.bind(given, rest, outputs)
-            context.enqueue(stream)
+        device = self._device
+        given = _narrow(self.graph.inputs, inputs)
+        constant = _narrow(self.graph.weights, weights or {})
+        check_inputs(self.graph, given, constant)
+        with device.lock:
+            device.gpu.use()
+            placed, fixed = self._place(given), self._place(constant)
+            outputs = self._allocate_outputs(placed)
+            device.enqueue(self._component, placed, outputs, fixed)
             wanted = [name for name in outputs if name not in self._resident]
-            fetched = self._transfers.fetch(*(outputs[name] for name in wanted))
+            fetched = device.transfers.fetch(*(outputs[name] for name in wanted))
         return outputs | {name: _widen(array) for name, array in zip(wanted, fetched, strict=True)}
 
-    def _place(self, specs: tuple[TensorSpec, ...], arrays: Arrays) -> dict[str, DeviceArray]:
-        """Bring arrays to the GPU, each into its own room, which grows; check the names."""
-        expected, got = sorted(spec.name for spec in specs), sorted(arrays)
-        if expected != got:
-            raise ValueError(f"{self.graph.file}: expected inputs {expected}, got {got}.")
-        return {spec.name: self._upload(spec, arrays[spec.name]) for spec in specs}
+    def _place(self, arrays: Mapping[str, Any]) -> dict[str, DeviceArray]:
+        """Bring arrays to the GPU, each into its own room, which grows."""
+        return {
+            name: array if isinstance(array, DeviceArray) else self._upload(name, array)
+            for name, array in arrays.items()
+        }
 
-    def _upload(self, spec: TensorSpec, array: Any) -> DeviceArray:
-        if isinstance(array, DeviceArray):
-            return array
-        if spec.dtype in _SIXTEEN_BITS and array.dtype == np.float32:
-            array = array.astype(spec.numpy_dtype)
-        if array.dtype != spec.numpy_dtype:
-            raise ValueError(
-                f"{self.graph.file}: input '{spec.name}': expected {spec.describe()}, got "
-                f"{array.dtype} {array.shape}."
-            )
-        room = self._rooms.get(spec.name)
+    def _upload(self, name: str, array: Any) -> DeviceArray:
+        room = self._rooms.get(name)
         if room is None or room.nbytes < array.nbytes:
-            purpose = f"input '{spec.name}' of {self.graph.file}"
-            gpu = self._transfers.stream.gpu
-            room = allocate_array(gpu, array.shape, spec.numpy_dtype, purpose, _REMEDY)
-            self._rooms[spec.name] = room
-        return self._transfers.upload(array, room)
+            purpose = f"input '{name}' of {self.graph.file}"
+            room = allocate_array(self._device.gpu, array.shape, array.dtype, purpose, _REMEDY)
+            self._rooms[name] = room
+        return self._device.transfers.upload(array, room)
+
+    def _allocate_outputs(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        """Allocate the outputs, their sizes those of the inputs' symbols."""
+        sizes: dict[str, int] = {}
+        for spec in self.graph.inputs:
+            for symbol, size in zip(spec.shape, inputs[spec.name].shape, strict=True):
+                if isinstance(symbol, str):
+                    factor, name = split_size(symbol)
+                    sizes[name] = size // factor
+        return {
+            spec.name: allocate_array(
+                self._device.gpu,
+                tuple(_resolve(size, sizes) for size in spec.shape),
+                spec.numpy_dtype,
+                f"output '{spec.name}' of {self.graph.file}",
+                _REMEDY,
+            )
+            for spec in self.graph.outputs
+        }
 
 
-def allocate_outputs(
-    gpu: Gpu, graph: GraphSpec, inputs: Mapping[str, DeviceArray]
-) -> dict[str, DeviceArray]:
-    """Allocate a graph's outputs, their sizes those of the inputs' symbols.
-
-    Args:
-        gpu: To allocate on.
-        graph: Its specs.
-        inputs: Inputs and weights by name.
-
-    Returns:
-        New arrays by name.
-
-    Raises:
-        EngineError: There is not enough memory.
-    """
-    sizes: dict[str, int] = {}
-    for spec in graph.inputs:
-        for symbol, size in zip(spec.shape, inputs[spec.name].shape, strict=True):
-            if isinstance(symbol, str):
-                factor, _, name = symbol.rpartition("*")
-                sizes[name] = size // int(factor or 1)
+def _narrow(specs: tuple[TensorSpec, ...], arrays: Arrays) -> dict[str, Any]:
+    """Cast float32 to the 16 bits that an engine takes; nothing else is cast."""
+    dtypes = {spec.name: spec.numpy_dtype for spec in specs if spec.dtype in _SIXTEEN_BITS}
     return {
-        spec.name: allocate_array(
-            gpu,
-            tuple(_resolve(size, sizes) for size in spec.shape),
-            spec.numpy_dtype,
-            f"output '{spec.name}' of {graph.file}",
-            _REMEDY,
-        )
-        for spec in graph.outputs
+        name: array.astype(dtypes[name]) if name in dtypes and array.dtype == np.float32 else array
+        for name, array in arrays.items()
     }
 
 
 def _resolve(size: int | str, sizes: Mapping[str, int]) -> int:
     if isinstance(size, int):
         return size
-    factor, _, name = size.rpartition("*")
-    return int(factor or 1) * sizes[name]
+    factor, name = split_size(size)
+    return factor * sizes[name]
 
 
 def _widen(array: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mc_engines.device.arrays import DeviceArray, Transfers, allocate_block
-from mc_engines.device.cuda import Event, HostMemory, Stream
+from mc_engines.device.cuda import Event, HostMemory, Memory, Stream
 from mc_engines.runner import Arrays
 from mc_engines.specs import TensorSpec
 
@@ -83,7 +83,8 @@ class _Slot:
     """Room for one layer.
 
     Attributes:
-        arrays: On the GPU.
+        arrays: On the GPU, in one block.
+        memory: That block.
         pinned: The same bytes on the host, on their way.
         copied: Happens when the GPU has them.
         used: Happens when nothing enqueued so far reads them any more.
@@ -91,6 +92,7 @@ class _Slot:
     """
 
     arrays: dict[str, DeviceArray]
+    memory: Memory
     pinned: HostMemory
     copied: Event
     used: Event
@@ -131,7 +133,8 @@ class StreamedWeights:
         purpose = f"two layers of {component} on their way"
         arrays = allocate_block(gpu, specs, purpose, "Choose a smaller model or video.")
         memory = next(iter(arrays.values())).memory
-        slot = _Slot(arrays, gpu.allocate_host(memory.size), gpu.open_event(), gpu.open_event())
+        pinned = gpu.allocate_host(memory.size)
+        slot = _Slot(arrays, memory, pinned, gpu.open_event(), gpu.open_event())
         self._copy.record(slot.copied)
         self._compute.record(slot.used)
         return slot
@@ -162,8 +165,7 @@ class StreamedWeights:
             view = slot.pinned.bytes[target.offset : end].view(target.dtype)
             view[:] = array.ravel()
         self._copy.wait(slot.used)
-        memory = next(iter(slot.arrays.values())).memory
-        self._copy.upload(memory.address, slot.pinned, 0, memory.size)
+        self._copy.upload(slot.memory.address, slot.pinned, 0, slot.memory.size)
         self._copy.record(slot.copied)
         slot.layer = layer
         return slot
