@@ -2,11 +2,20 @@
 
 `draw_levels` imitates the sampler's wave: a chunk lags `LAG` of the run behind the one before.
 `predict_velocity` computes what `SkyReelsV2Transformer3DModel.forward` computes with
-`enable_diffusion_forcing=True` (a test holds them equal), but modulates per chunk instead of per
-token and attends chunk by chunk instead of through a dense mask.
+`enable_diffusion_forcing=True` (a test holds them equal), but modulates per chunk or frame instead
+of per token and attends chunk by chunk instead of through a dense mask.
 """
 
-__all__ = ["CHUNK", "LAG", "SHIFT", "add_noise", "draw_levels", "predict_velocity", "shift_level"]
+__all__ = [
+    "CHUNK",
+    "LAG",
+    "SHIFT",
+    "add_noise",
+    "draw_led_levels",
+    "draw_levels",
+    "predict_velocity",
+    "shift_level",
+]
 
 import numpy as np
 import torch
@@ -59,12 +68,28 @@ def draw_levels(
     return shift_level(np.clip(place, 0.0, 1.0))
 
 
+def draw_led_levels(rng: np.random.Generator, sigma: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give the first frame of every second chunk less noise than the others, as a lead to follow.
+
+    Args:
+        rng: Source of randomness.
+        sigma: Noise level of one chunk per sample, shape (B, 1).
+
+    Returns:
+        Noise level of each frame, shape (B, 5).
+    """
+    levels = sigma.repeat(CHUNK, axis=1)
+    led = rng.random(len(sigma)) < 0.5
+    levels[led, 0] *= rng.uniform(0.1, 1.0, led.sum())
+    return levels
+
+
 def add_noise(latents: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return noised latents and the velocity `noise - latents`.
 
     Args:
         latents: shape (B, 16, frames, h, w).
-        sigma: Noise level of each chunk, shape (B, chunks).
+        sigma: Noise level of each chunk or frame, shape (B, chunks or frames).
         noise: Like `latents`.
     """
     frames = latents.shape[2] // sigma.shape[1]
@@ -85,8 +110,8 @@ def predict_velocity(
 
     Args:
         model: The transformer.
-        x: Noised latents, shape (B, 16, frames, h, w); frames a multiple of the chunks.
-        timesteps: Of each chunk, shape (B, chunks), 0 to 999.
+        x: Noised latents, shape (B, 16, frames, h, w); whole chunks, or less than one.
+        timesteps: Of each chunk or frame, shape (B, chunks or frames), 0 to 999.
         text: Embeddings, shape (B, T, 128).
         bias: Added to the logits of the cross-attention, shape (B, 1, 1, T).
         first: Place of the first frame of `x` in the video.
@@ -95,18 +120,19 @@ def predict_velocity(
     Returns:
         Velocity, shape like `x`; tokens after so many blocks, shape (B, L, C).
     """
-    batch, chunks = timesteps.shape
+    batch, levels = timesteps.shape
     conditions = model.condition_embedder
     waves = conditions.timesteps_proj(timesteps.flatten()).float()
-    embedded = conditions.time_embedder(waves).unflatten(0, (batch, chunks, 1))
+    embedded = conditions.time_embedder(waves).unflatten(0, (batch, levels, 1))
     rate = model.fps_projection(model.fps_embedding.weight[_FRAME_RATE])
     modulation = (conditions.time_proj(F.silu(embedded)) + rate).unflatten(-1, (6, -1))
     text = conditions.text_embedder(text)
     rotation = _rotation(model, x, first)
-    tokens = model.patch_embedding(x).flatten(2).transpose(1, 2).unflatten(1, (chunks, -1))
+    tokens = model.patch_embedding(x).flatten(2).transpose(1, 2).unflatten(1, (levels, -1))
+    length = len(rotation) // max(1, x.shape[2] // CHUNK)
     states = [tokens]
     for block in model.blocks:
-        states.append(_apply_block(block, states[-1], modulation, text, bias, rotation))
+        states.append(_apply_block(block, states[-1], modulation, text, bias, rotation, length))
     shift, scale = (model.scale_shift_table[0] + embedded).chunk(2, dim=2)
     out = model.proj_out(_norm(states[-1], model.norm_out) * (1 + scale) + shift)
     return _unpatchify(out.flatten(1, 2), x.shape), states[depth].flatten(1, 2)
@@ -131,32 +157,35 @@ def _apply_block(
     text: Tensor,
     bias: Tensor,
     rotation: Tensor,
+    length: int,
 ) -> Tensor:
-    """Apply a block to tokens of shape (B, chunks, L, C)."""
+    """Apply a block to tokens of shape (B, levels, L, C), rows of one level each."""
     parts = (block.scale_shift_table[0] + modulation).unbind(-2)
     shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = parts
-    x = x + gate * _attend_self(block.attn1, _norm(x, block.norm1) * (1 + scale) + shift, rotation)
+    attended = _attend_self(
+        block.attn1, _norm(x, block.norm1) * (1 + scale) + shift, rotation, length
+    )
+    x = x + gate * attended
     x = x + _attend_text(block.attn2, _norm(x, block.norm2), text, bias)
     return x + gate_ffn * block.ffn(_norm(x, block.norm3) * (1 + scale_ffn) + shift_ffn)
 
 
-def _attend_self(layer: nn.Module, x: Tensor, rotation: Tensor) -> Tensor:
-    """Let each chunk attend to itself and to those before; x has shape (B, chunks, L, C)."""
+def _attend_self(layer: nn.Module, x: Tensor, rotation: Tensor, length: int) -> Tensor:
+    """Let each chunk, so many tokens, attend to itself and to those before."""
     flat = x.flatten(1, 2)
     query, key = (
         _rotate(norm(project(flat)).unflatten(-1, (layer.heads, -1)), rotation)
         for norm, project in ((layer.norm_q, layer.to_q), (layer.norm_k, layer.to_k))
     )
     value = layer.to_v(flat).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-    length = x.shape[2]
     outs = [
         F.scaled_dot_product_attention(
             query[:, :, end - length : end], key[:, :, :end], value[:, :, :end]
         )
         for end in range(length, flat.shape[1] + 1, length)
     ]
-    joined = torch.stack(outs, dim=1)  # (B, chunks, H, L, D)
-    return layer.to_out[0](joined.transpose(2, 3).flatten(3))
+    joined = torch.cat(outs, dim=2)  # (B, H, L, D)
+    return layer.to_out[0](joined.transpose(1, 2).flatten(2)).view_as(x)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

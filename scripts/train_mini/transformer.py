@@ -26,7 +26,7 @@ from transformers import UMT5EncoderModel
 from mc_export.fetch import PACKAGED
 
 from .autoencoder import MODEL
-from .forcing import CHUNK, SHIFT, add_noise, draw_levels, predict_velocity
+from .forcing import CHUNK, SHIFT, add_noise, draw_led_levels, draw_levels, predict_velocity
 from .job import begin_job, load_training, log, save_training, trapezoid
 from .latents import Cache
 from .muon import build_optimizers, descend
@@ -56,7 +56,8 @@ class Stage:
             of chunks, whole windows.
         learn_objects: Whether clips have one object and no pan or cut, errors at the object weigh
             more (see `weigh_errors`), the model is asked what the object covers, and the noise is
-            such that words can help: more hides the object's place, less shows its shape.
+            such that words can help: more hides the object's place, less shows its shape. Half of
+            the chunks have a first frame with less noise: from there the words say where to.
     """
 
     end: float
@@ -66,7 +67,7 @@ class Stage:
 
 _STAGES = (
     Stage(2_200, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
-    Stage(4_400, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
+    Stage(4_800, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
     Stage(float("inf"), ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
 )
 _SAVE_EVERY = 180  # seconds
@@ -175,13 +176,16 @@ def compute_loss(mini: Mini, cache: Cache, step: int, stage: Stage) -> Tensor:
     captions = ["" if rng.random() < _DROPOUT else caption for caption in drawn.captions]
     chunks, extra = max(1, frames // CHUNK), torch.zeros(())
     places = _WORDY if stage.learn_objects else None
-    sigma = torch.from_numpy(draw_levels(rng, batch, chunks, drawn.clean, places)).float()
+    levels = draw_levels(rng, batch, chunks, drawn.clean, places)
+    if stage.learn_objects and frames == CHUNK:
+        levels = draw_led_levels(rng, levels)
+    sigma = torch.from_numpy(levels).float()
     x, target = add_noise(drawn.latents, sigma, torch.randn_like(drawn.latents))
     timesteps = (sigma * 1000).long().clamp(0, 999)
     velocity, cover = mini(x, timesteps, captions, drawn.first)
-    error = (velocity - target).square().mean(1).unflatten(1, (chunks, -1))
+    error = (velocity - target).square().mean(1).unflatten(1, (sigma.shape[1], -1))
     if stage.learn_objects:
-        error = error * weigh_errors(drawn.near_objects().unflatten(1, (chunks, -1)), sigma)
+        error = error * weigh_errors(drawn.near_objects().unflatten(1, (sigma.shape[1], -1)), sigma)
         wanted = cut_into_tokens(drawn.cover / 255)
         extra = _COVER_WEIGHT * F.binary_cross_entropy_with_logits(cover, wanted)
     active = ((sigma > 0) & (sigma < 1)).float()
@@ -201,8 +205,8 @@ def weigh_errors(near: Tensor, sigma: Tensor) -> Tensor:
     what may be there would show it everywhere.
 
     Args:
-        near: Latents near an object, shape (B, chunks, frames, h, w), bool.
-        sigma: Noise levels, shape (B, chunks).
+        near: Latents near an object, shape (B, levels, frames, h, w), bool.
+        sigma: Noise levels, shape (B, levels).
     """
     excess = (_OVERWEIGHT - 1) * ((0.98 - sigma) / 0.06).clamp(0, 1)[..., None, None, None]
     weights = 1 + excess * near

@@ -221,8 +221,19 @@ def test_levels_are_those_of_the_sampler() -> None:
     np.testing.assert_allclose(forcing.shift_level(start), expected, atol=0.02)
 
 
+def test_half_of_the_chunks_are_led_by_a_frame_with_less_noise() -> None:
+    sigma = np.full((1000, 1), 0.9)
+    levels = forcing.draw_led_levels(np.random.default_rng(0), sigma)
+    np.testing.assert_array_equal(levels[:, 1:], np.full((1000, 4), 0.9))
+    assert 0.45 < (levels[:, 0] < 0.9).mean() < 0.55
+    assert 0.09 <= levels.min() < 0.12
+
+
+@pytest.mark.parametrize(
+    "timesteps", [[[700, 999], [0, 333]], [[*range(10, 20)], [*range(700, 710)]]]
+)
 @pytest.mark.parametrize("sample", [0, 1])
-def test_the_training_pass_equals_diffusers(sample: int) -> None:
+def test_the_training_pass_equals_diffusers(sample: int, timesteps: list[list[int]]) -> None:
     torch.manual_seed(0)
     model = transformer.build_transformer(layers=2, heads=2)
     for parameter in model.parameters():
@@ -231,16 +242,16 @@ def test_the_training_pass_equals_diffusers(sample: int) -> None:
     encoder = text.build_text_encoder(len(tokenizer)).eval()
     captions = ["a small red circle races left over sand", ""]
     x = torch.randn(2, 16, 10, 8, 8)
-    timesteps = torch.tensor([[700, 999], [0, 333]])
+    times = torch.tensor(timesteps)
     with torch.no_grad():
         embeddings, bias = text.embed_captions(tokenizer, encoder, captions)
-        ours, _ = forcing.predict_velocity(model, x, timesteps, embeddings, bias)
+        ours, _ = forcing.predict_velocity(model, x, times, embeddings, bias)
         padded = torch.zeros(2, text.MAX_TOKENS, text.TEXT_DIM)
         padded[:, : embeddings.shape[1]] = embeddings
         one = slice(sample, sample + 1)  # diffusers 0.42.1 adds fps to a batch of one alone
         theirs = model(
             x[one],
-            timesteps[one].repeat_interleave(5, dim=1),
+            times[one].repeat_interleave(10 // times.shape[1], dim=1),
             padded[one],
             enable_diffusion_forcing=True,
             fps=[1],
