@@ -8,10 +8,12 @@ __all__ = ["build_optimizers", "descend", "orthogonalise"]
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_DECAY = 0.1  # of matrices that are kept small, times the rate, in each step
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -38,10 +40,12 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class _Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; tall matrices take larger steps."""
+    """Nesterov momentum, orthogonalised; tall matrices take larger steps. Decay is decoupled."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": 0.95})
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": 0.95, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -56,6 +60,7 @@ class _Muon(torch.optim.Optimizer):
                 scale = max(1, rows / columns) ** 0.5
                 updates = orthogonalise(torch.stack([direction for _, direction in pairs]))
                 for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     def _direct(self, parameter: nn.Parameter, momentum: float) -> Tensor:
@@ -69,7 +74,11 @@ class _Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: nn.Module, matrix_rate: float, other_rate: float, others: tuple[str, ...]
+    model: nn.Module,
+    matrix_rate: float,
+    other_rate: float,
+    others: tuple[str, ...],
+    decayed: tuple[str, ...] = (),
 ) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of a model and AdamW for the rest.
 
@@ -79,14 +88,19 @@ def build_optimizers(
         other_rate: Learning rate of AdamW.
         others: Parts of parameters' names that go to AdamW although they are matrices: embeddings
             and the first and last layers.
+        decayed: Beginnings of the names of matrices that Muon keeps small: parts that nothing
+            else bounds, for norms follow, and that would outgrow 16-bit arithmetic.
     """
-    matrices, rest = [], []
+    matrices: dict[float, list[nn.Parameter]] = {_DECAY: [], 0.0: []}
+    rest = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) > 1
         other = any(part in name for part in others)
-        (matrices if is_matrix and not other else rest).append(parameter)
+        decay = _DECAY if name.startswith(decayed) else 0.0
+        (matrices[decay] if is_matrix and not other else rest).append(parameter)
+    groups = [{"params": params, "weight_decay": decay} for decay, params in matrices.items()]
     return [
-        _Muon(matrices, matrix_rate),
+        _Muon(groups, matrix_rate),
         torch.optim.AdamW(rest, other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

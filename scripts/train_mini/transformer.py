@@ -242,7 +242,7 @@ def train(steps: int, start: int = 0) -> None:
     if start:
         load_packaged(mini)
     models = {"mini": mini, "average": copy.deepcopy(mini)}
-    optimizers = build_optimizers(mini, *_RATES, others=_NOT_MATRICES)
+    optimizers = build_optimizers(mini, *_RATES, _NOT_MATRICES, decayed=("text_encoder",))
     first, start = start, load_training(_CHECKPOINT, models, optimizers) or start
     cache = Cache()
     losses: dict[str, float] = {}

@@ -240,6 +240,17 @@ def test_matrices_of_one_shape_are_trained_as_if_alone() -> None:
         torch.testing.assert_close(ours, alone)
 
 
+def test_matrices_of_decayed_parts_shrink_where_nothing_pulls_at_them() -> None:
+    model = torch.nn.ModuleDict({"text": torch.nn.Linear(4, 6), "image": torch.nn.Linear(4, 6)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss = sum(0 * parameter.sum() for parameter in model.parameters())
+    optimizers = muon.build_optimizers(model, 0.02, 2e-3, (), decayed=("text",))
+    muon.descend(loss, model, optimizers, factor=0.5)
+    before["text.weight"] *= 1 - 0.5 * 0.02 * 0.1
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name])
+
+
 def test_the_learning_rate_is_a_trapezoid() -> None:
     rates = [job.trapezoid(step, 1000) for step in range(1000)]
     assert rates[:3] == pytest.approx([0.01, 0.02, 0.03])
