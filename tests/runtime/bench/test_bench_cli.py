@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from mc_engines.bundle_additions import add_files
-from mc_runtime import bench_baseline, bench_cli, bench_policies, bench_report
-from mc_runtime.bench_cli import main
-from mc_runtime.bench_page import render_page
-from mc_runtime.bench_policies import Bench, Turn
-from mc_runtime.bench_report import BUSY_SPREAD, read_schema
+from mc_runtime.bench import baseline, cli, policies, policy_report
+from mc_runtime.bench.cli import main
+from mc_runtime.bench.page import render_page
+from mc_runtime.bench.policies import Bench, Turn
+from mc_runtime.bench.policy_report import BUSY_SPREAD, read_schema
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work, vanilla_work
 from mc_runtime.options import GenerationOptions
 from motioncache import Preset
@@ -62,7 +62,7 @@ def measured(tiny_bundle, tmp_path_factory):
     (folder / "lpips.onnx").write_text("graph")
     outputs = ("-o", folder / "report.json", "--html", folder / "page.html")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_cli, "Lpips", FakeLpips)
+        patch.setattr(cli, "Lpips", FakeLpips)
         prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
         lpips = ("--lpips", folder / "lpips.onnx")
         result = bench(tiny_bundle, *POLICIES, *SIZES, *prompts, "--rounds=2", *lpips, *outputs)
@@ -162,7 +162,7 @@ def test_padding_is_counted_as_waste(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.transformer), "bucket", lambda self, k, tokens: tokens * (k > 0))
     policy = tiny.find_policy("motioncache", MOTIONCACHE)
     wide = Bench(tiny, {"none": tiny.find_policy("none"), "wide": policy}, OPTIONS, ["a bird"], 1)
-    report = bench_cli._measure(wide, None, None, lambda _: None)
+    report = cli._measure(wide, None, None, lambda _: None)
     trace = tiny.run("a bird", policy=policy, options=OPTIONS, decode=False).trace
     flops = ModelFlops.from_manifest(tiny.bundle.manifest.config["transformer"])
     asked, done = (count_work(flops, trace, padded=padded).total for padded in (False, True))
@@ -218,10 +218,10 @@ def run_quickly(bundle, tmp_path, *arguments):
 @pytest.mark.parametrize(("slow", "verdict"), [(1.2, "faster"), (1.4, None)])
 def test_a_busy_machine_gets_no_verdict(tiny_bundle, tmp_path, monkeypatch, slow, verdict):
     samples = iter([10.0, 10.0 * slow, 10.0])
-    monkeypatch.setattr(bench_policies, "_time_reference", lambda: next(samples))
+    monkeypatch.setattr(policies, "_time_reference", lambda: next(samples))
     ratios = {"none": 2.0, "flowcache": 1.0}
     monkeypatch.setattr(
-        "mc_runtime.bench_report._median",
+        "mc_runtime.bench.policy_report._median",
         lambda turns: ratios[turns[0].trace.run["policy"]["name"]],
     )
     report = run_quickly(tiny_bundle, tmp_path, "--policies=flowcache", *POLICIES[1:4])
@@ -242,7 +242,7 @@ def test_a_busy_machine_gets_no_verdict(tiny_bundle, tmp_path, monkeypatch, slow
     ],
 )
 def test_a_verdict_needs_more_than_the_machine_varies(speedup, spread, verdict):
-    assert bench_report._judge_speed(speedup, spread) == verdict
+    assert policy_report._judge_speed(speedup, spread) == verdict
 
 
 def test_a_preset_for_other_steps_is_said_before_the_runs_and_in_the_report(tiny_bundle, tmp_path):
@@ -321,7 +321,7 @@ class AnotherModel:
 
 
 def test_diffusers_on_another_checkpoint_is_noticed(tiny, tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_cli, "DiffusersProcess", AnotherModel)
+    monkeypatch.setattr(cli, "DiffusersProcess", AnotherModel)
     report = run_quickly(tiny_bundle, tmp_path, "--baseline=diffusers", "--checkpoint", tmp_path)
     ours = tiny.run("a", options=OPTIONS, decode=False).latents
     difference = float(np.abs(ours - tiny.draw_noise(OPTIONS)).max())
@@ -342,9 +342,9 @@ def test_without_torch_the_baseline_says_what_to_install(tiny_bundle, tiny_check
 def test_a_process_that_ends_is_an_error_with_what_it_said(
     tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bench_baseline, "MODULE", "mc_export.no_such_module")
-    baseline = ("--baseline=diffusers", "--checkpoint", tiny_checkpoint)
-    result = bench(tiny_bundle, *SIZES, "--prompt=a", *baseline, code=1)
+    monkeypatch.setattr(baseline, "MODULE", "mc_export.no_such_module")
+    flags = ("--baseline=diffusers", "--checkpoint", tiny_checkpoint)
+    result = bench(tiny_bundle, *SIZES, "--prompt=a", *flags, code=1)
     assert re.fullmatch(
         r"diffusers: expected an answer from its process, got: .+ No module named "
         r"mc_export.no_such_module. Check the checkpoint.\n",
@@ -416,7 +416,7 @@ def test_an_error_of_the_process_is_passed_on(tiny_bundle, tmp_path):
 def test_wrong_use_is_refused_before_anything_runs(
     arguments, message, tiny_bundle, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bench_cli, "encode_prompts", pytest.fail)
+    monkeypatch.setattr(cli, "encode_prompts", pytest.fail)
     (tmp_path / "file.txt").write_text("\n \n")
     words = {"file": tmp_path / "file.txt", "new": tmp_path / "new"}
     result = bench(tiny_bundle, *SIZES, *(text.format(**words) for text in arguments), code=2)
@@ -431,8 +431,8 @@ def test_frames_that_cannot_be_judged_are_refused_before_anything_runs(
         def distance(self, reference, test):
             raise ValueError(f"frames: expected larger ones, got {reference.shape}.")
 
-    monkeypatch.setattr(bench_cli, "encode_prompts", pytest.fail)
-    monkeypatch.setattr(bench_cli, "Lpips", Refusing)
+    monkeypatch.setattr(cli, "encode_prompts", pytest.fail)
+    monkeypatch.setattr(cli, "Lpips", Refusing)
     (tmp_path / "lpips.onnx").write_text("graph")
     result = bench(tiny_bundle, *SIZES, "--prompt=a", "--lpips", tmp_path / "lpips.onnx", code=2)
     assert result.stderr == "frames: expected larger ones, got (1, 64, 64, 3).\n"
@@ -451,7 +451,7 @@ def test_ctrl_c_writes_nothing(tiny_bundle, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_cli, "take_turns", interrupt)
+    monkeypatch.setattr(cli, "take_turns", interrupt)
     result = bench(tiny_bundle, *SIZES, "--prompt=a", "-o", tmp_path / "report.json", code=130)
     assert result.stderr == "Interrupted.\n"
     assert list(tmp_path.iterdir()) == []

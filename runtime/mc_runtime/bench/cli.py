@@ -1,6 +1,6 @@
 """`mc-bench`: what a policy costs and how near its video is to the uncached one.
 
-Neighbours: `bench_policies` runs and measures, `bench_report` and `bench_page` tell.
+Neighbours: `policies` runs and measures, `policy_report` and `page` tell.
 """
 
 __all__ = ["main"]
@@ -20,9 +20,9 @@ from rich.console import Console
 
 from mc_engines.command import command
 from mc_engines.errors import require
-from mc_runtime.bench_baseline import DiffusersProcess
-from mc_runtime.bench_page import print_report, render_page
-from mc_runtime.bench_policies import (
+from mc_runtime.bench.baseline import DiffusersProcess
+from mc_runtime.bench.page import print_report, render_page
+from mc_runtime.bench.policies import (
     Bench,
     Turn,
     check_policies,
@@ -31,7 +31,7 @@ from mc_runtime.bench_policies import (
     policy_contender,
     take_turns,
 )
-from mc_runtime.bench_report import DIFFUSERS, build_report
+from mc_runtime.bench.policy_report import DIFFUSERS, build_report
 from mc_runtime.fidelity import Lpips, compare_videos
 from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
 from mc_runtime.options import GenerationOptions

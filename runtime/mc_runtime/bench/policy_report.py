@@ -1,6 +1,6 @@
-"""What `mc-bench run` measured, as numbers ready for JSON; `bench.schema.json` describes them.
+"""What `mc-bench run` measured, as numbers ready for JSON; `report.schema.json` describes them.
 
-Neighbours: `bench_policies` measures, `flops` counts, `bench_page` shows the report.
+Neighbours: `policies` measures, `flops` counts, `page` shows the report.
 Ratios say how many times a baseline takes what the policy takes: 2 is twice as fast, half the work.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mc_runtime.bench_policies import REFERENCE, Bench, Judgement, Turn, Turns, check_policies
+from mc_runtime.bench.policies import REFERENCE, Bench, Judgement, Turn, Turns, check_policies
 from mc_runtime.fidelity import Fidelity
 from mc_runtime.flops import Job, ModelFlops, Work, chunk_causal_work, count_work, vanilla_work
 from mc_runtime.versions import list_versions
@@ -47,7 +47,11 @@ _METHOD = (
 
 def read_schema() -> dict[str, Any]:
     """Read the JSON Schema that every report follows."""
-    text = resources.files("mc_runtime").joinpath("bench.schema.json").read_text(encoding="utf-8")
+    text = (
+        resources.files("mc_runtime.bench")
+        .joinpath("report.schema.json")
+        .read_text(encoding="utf-8")
+    )
     schema: dict[str, Any] = json.loads(text)
     return schema
 
@@ -84,7 +88,7 @@ def build_report(
         lpips: Whether LPIPS was measured.
 
     Returns:
-        A report that follows `bench.schema.json`.
+        A report that follows `report.schema.json`.
     """
     manifest = bench.pipeline.bundle.manifest
     flops = ModelFlops.from_manifest(manifest.config["transformer"])

@@ -1,6 +1,6 @@
 """diffusers as a contender of `mc-bench`: a process of its own, for the runtime has no torch.
 
-Neighbours: `bench_policies.take_turns` runs it beside the policies; the process is
+Neighbours: `policies.take_turns` runs it beside the policies; the process is
 `mc_export.diffusers_baseline`, whose `serve` describes what is said.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mc_engines.errors import EngineError, MissingExtraError, not_installed
-from mc_runtime.bench_policies import Contender, Frames, Latents, Turn
+from mc_runtime.bench.policies import Contender, Frames, Latents, Turn
 from mc_runtime.options import GenerationOptions
 
 MODULE = "mc_export.diffusers_baseline"

@@ -1,8 +1,8 @@
 """Runs policies in turns on the same noise and prompts: what each takes, and what it gives.
 
 `choose_policies` and `check_policies` refuse what cannot run, `take_turns` runs, `judge_frames`
-holds the frames against those of `none`. Neighbours: `mc-bench` asks, `bench_report` tells what
-came out; `bench_baseline` is diffusers as one more contender.
+holds the frames against those of `none`. Neighbours: `mc-bench` asks, `policy_report` tells what
+came out; `baseline` is diffusers as one more contender.
 """
 
 __all__ = [

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mc_runtime import bench_policies
-from mc_runtime.bench_policies import (
+from mc_runtime.bench import policies
+from mc_runtime.bench.policies import (
     Bench,
     Turn,
     check_policies,
@@ -128,12 +128,12 @@ def fake(name, log):
 
 
 def test_each_repetition_begins_with_the_next_contender(monkeypatch):
-    monkeypatch.setattr(bench_policies, "REST_SECONDS", 0)
+    monkeypatch.setattr(policies, "REST_SECONDS", 0)
     log, seen = [], []
     turns = take_turns(
         {name: fake(name, log) for name in "abc"}, 2, 4, lambda name, turn: seen.append(name)
     )
-    assert log[:3] == [(name, 0, bench_policies.WARMUP_ROWS) for name in "abc"]
+    assert log[:3] == [(name, 0, policies.WARMUP_ROWS) for name in "abc"]
     order = ["".join(name for name, _, _ in log[3 + 6 * n :][:6]) for n in range(4)]
     assert order == ["abcabc", "bcabca", "cabcab", "abcabc"]
     assert [prompt for _, prompt, _ in log[3:9]] == [0, 0, 0, 1, 1, 1]

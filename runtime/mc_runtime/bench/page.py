@@ -1,6 +1,6 @@
 """A benchmark's report as a person reads it: tables on the terminal, one page of HTML.
 
-Neighbours: `bench_report.build_report` makes the report, `mc-bench run` prints and writes this.
+Neighbours: `policy_report.build_report` makes the report, `mc-bench run` prints and writes this.
 """
 
 __all__ = ["draw_plot", "print_report", "render_page"]
