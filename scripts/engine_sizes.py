@@ -25,11 +25,11 @@ from mc_engines.building.library import Library, open_library
 from mc_engines.building.network import has_softmax
 from mc_engines.bundle import Bundle
 from mc_engines.errors import BuildError
+from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_engines.specs import GraphSpec, Precision, TensorSpec
 from mc_export.component import ComponentSource
 from mc_export.onnx_export import export_component
 from mc_export.passes.set_precision import set_precision
-from mc_export.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_export.random_source import RandomSource
 from mc_export.skyreels_components import transformer_components, transformer_tensors
 from mc_export.umt5 import text_encoder_components, text_encoder_tensors

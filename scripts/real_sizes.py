@@ -77,9 +77,9 @@ def export(model: str, whole: bool, target: Path) -> None:
     """Export a published size in bfloat16, parity included; with text encoder and VAE if whole."""
     import torch
 
+    from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
     from mc_export.checkpoint import Checkpoint, Part
     from mc_export.export_bundle import export_bundle
-    from mc_export.published import PUBLISHED, UMT5_XXL, WAN21_VAE
     from mc_export.random_source import RandomSource
     from mc_export.skyreels_components import transformer_tensors
     from mc_export.umt5 import text_encoder_tensors

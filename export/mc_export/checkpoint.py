@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mc_engines.errors import CheckpointError
+from mc_engines.published import PUBLISHED
 from mc_export.original_names import (
     text_encoder_config,
     text_encoder_name,
@@ -35,7 +36,6 @@ from mc_export.original_names import (
     vae_config,
     vae_name,
 )
-from mc_export.published import PUBLISHED
 from mc_export.tensor_source import (
     PickleSource,
     RenamedSource,

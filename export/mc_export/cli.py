@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mc_engines.command import command
 from mc_engines.errors import CheckpointError, MissingExtraError, require
+from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED, WAN21_VAE
 from mc_engines.specs import PRECISIONS, Precision
-from mc_export.published import FAMILY_DEFAULTS, PUBLISHED, WAN21_VAE
 
 if TYPE_CHECKING:
     from mc_export.checkpoint import Checkpoint

@@ -17,11 +17,11 @@ import torch
 
 from mc_engines.bundle_writer import BundleWriter
 from mc_engines.manifest import Manifest
+from mc_engines.published import PUBLISHED, published_name
 from mc_engines.specs import ComponentSpec, Precision
 from mc_export.checkpoint import Checkpoint, Part, check_tensors
 from mc_export.component import ComponentSource
 from mc_export.parity import Comparison, require_parity
-from mc_export.published import PUBLISHED, published_name
 from mc_export.skyreels_components import (
     describe_transformer,
     transformer_components,

@@ -8,8 +8,8 @@ __all__ = ["PACKAGED", "fetch_checkpoint"]
 from pathlib import Path
 
 from mc_engines.errors import CheckpointError, MissingExtraError, require
+from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED
 from mc_export.checkpoint import ACCEPTED_FORMS
-from mc_export.published import FAMILY_DEFAULTS, PUBLISHED
 
 # The small model that comes with this package.
 PACKAGED = Path(__file__).parent / "skyreels_mini"

@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mc_export.published import UMT5_XXL, WAN21_VAE
+from mc_engines.published import UMT5_XXL, WAN21_VAE
 from mc_export.tensor_source import Shape
 
 _TRANSFORMER = {

@@ -3,10 +3,10 @@
 Parameters are counted from the shapes that the adapters expect of a checkpoint, so that there is
 no second formula for them. Bytes are decimal: 1 GB is 10^9.
 
-Symbols: L tokens of a chunk, S tokens of a window, C channels, H heads.
+Neighbours: `plan_run_sizes` says what a run holds in memory.
 """
 
-__all__ = ["ComponentSize", "RunSizes", "SizePlan", "plan_sizes", "render_plan"]
+__all__ = ["ComponentSize", "SizePlan", "plan_sizes", "render_plan"]
 
 import math
 import re
@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES, HELD_WEIGHTS_BYTES
+from mc_engines.onnxruntime_runner import HELD_WEIGHTS_BYTES
+from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
 from mc_export.tensor_source import Shape
 
 _TEMPORAL_FACTOR = 4
-_TEXT_TOKENS = 512
-_BRANCHES = 2
 
 # The component that takes each tensor: the first whose pattern fits.
 _COMPONENTS = {
@@ -66,41 +65,6 @@ class ComponentSize:
     layers: int
     parameters: int
     bytes: int
-
-
-@dataclass(frozen=True)
-class RunSizes:
-    """Memory of a run, in bytes.
-
-    Attributes:
-        kv_per_branch: Keys and values of a window, all layers, one guidance branch.
-        kv: Of both branches.
-        context: Keys and values of 512 text tokens, both branches.
-        residual: Block output minus input of every token of a window, both branches.
-        weights: On the CPU the blocks', or one layer's, cast from the mapped file (0 where that is
-            float32); on a device the whole transformer.
-        qkv: Queries, keys and values of a whole chunk.
-        ffn: Inner values of the feed-forward of a whole chunk, before and after the GELU.
-        scores: Of the plain attention at the window's last chunk: H x L x S values.
-        pass_plain: Activations of the largest pass, with the plain attention.
-        pass_fused: Activations of the largest pass, with the fused attention.
-        decode: One step of the VAE's decoder with its states; 0 without a VAE, and on a device,
-            where it was not measured.
-        peak: All that is held, and the larger of a pass and a step of the decoder.
-    """
-
-    kv_per_branch: int
-    kv: int
-    context: int
-    residual: int
-    weights: int
-    qkv: int
-    ffn: int
-    scores: int
-    pass_plain: int
-    pass_fused: int
-    decode: int
-    peak: int
 
 
 @dataclass(frozen=True)
@@ -167,18 +131,22 @@ def plan_sizes(
         for part, shapes in parts.items()
         for component in _components(part, shapes, dtype.itemsize)
     )
-    cpu = _run(
-        transformer,
+    sizes = WindowShape(
+        transformer["num_layers"],
+        transformer["num_attention_heads"],
+        transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        transformer["ffn_dim"],
         chunk_tokens,
         window_tokens,
+    )
+    cpu = plan_run_sizes(
+        sizes,
         value_bytes=4,
         weights=0 if dtype == torch.float32 else _held_weights(components),
         decode=_decoding_bytes(parts.get("vae", {}), height * width),
     )
     resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
-    device = _run(
-        transformer, chunk_tokens, window_tokens, value_bytes=2, weights=2 * resident, decode=0
-    )
+    device = plan_run_sizes(sizes, value_bytes=2, weights=2 * resident, decode=0)
     return SizePlan(
         dtype=dtype,
         video=(height, width, base_num_frames),
@@ -273,45 +241,6 @@ def _export_peak(components: tuple[ComponentSize, ...], itemsize: int) -> int:
     copies = itemsize + 4 + 4
     return _PROCESS_BYTES + max(
         _layer_bytes(components, c.name, copies) for c in components if c.name != _TABLE
-    )
-
-
-def _run(
-    transformer: Mapping[str, Any],
-    chunk_tokens: int,
-    window_tokens: int,
-    value_bytes: int,
-    weights: int,
-    decode: int,
-) -> RunSizes:
-    layers, heads = transformer["num_layers"], transformer["num_attention_heads"]
-    row = heads * transformer["attention_head_dim"] * value_bytes
-    kv = 2 * layers * window_tokens * row
-    context = 2 * layers * _TEXT_TOKENS * row * _BRANCHES
-    residual = window_tokens * row * _BRANCHES
-    rows = chunk_tokens * row
-    qkv = 3 * rows
-    ffn = 2 * chunk_tokens * transformer["ffn_dim"] * value_bytes
-    scores = heads * chunk_tokens * window_tokens * value_bytes
-    # Keys and values: the cache joined with the new rows, and what is gathered from that. The
-    # fused form lays the gathered ones out twice more, for its inputs and within its kernel.
-    joined, gathered = 2 * (window_tokens + chunk_tokens) * row, 2 * window_tokens * row
-    pass_plain = rows + max(qkv + joined + gathered + scores, ffn)
-    pass_fused = rows + max(qkv + joined + 3 * gathered, ffn)
-    largest = pass_fused if scores > FUSED_ATTENTION_BYTES else pass_plain
-    return RunSizes(
-        kv_per_branch=kv,
-        kv=kv * _BRANCHES,
-        context=context,
-        residual=residual,
-        weights=weights,
-        qkv=qkv,
-        ffn=ffn,
-        scores=scores,
-        pass_plain=pass_plain,
-        pass_fused=pass_fused,
-        decode=decode,
-        peak=kv * _BRANCHES + context + residual + weights + max(largest, decode),
     )
 
 

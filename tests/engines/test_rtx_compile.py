@@ -13,11 +13,11 @@ from mc_engines.building.bounds import Bounds
 from mc_engines.building.compile import Request, build_plan, count_attention_kernels
 from mc_engines.building.library import open_library
 from mc_engines.bundle import Bundle
+from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED, UMT5_XXL
 from mc_engines.specs import GraphSpec
 from mc_export.onnx_export import export_component
 from mc_export.passes.set_precision import DATA_TYPES, set_precision
 from mc_export.passes.store_weights import StoredWeights
-from mc_export.published import FAMILY_DEFAULTS, PUBLISHED, UMT5_XXL
 from mc_export.skyreels_components import transformer_components, transformer_tensors
 from mc_export.umt5 import text_encoder_components, text_encoder_tensors
 

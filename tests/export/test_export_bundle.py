@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mc_engines.bundle import Bundle
 from mc_engines.errors import BundleError, CheckpointError, ParityError
 from mc_engines.manifest import hash_file
+from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_engines.verify import find_faults
 from mc_export import write_component
 from mc_export.checkpoint import Checkpoint, Part, load_checkpoint
@@ -31,7 +32,6 @@ from mc_export.export_bundle import (
     stored_precision,
 )
 from mc_export.parity import Comparison
-from mc_export.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_export.random_source import RandomSource
 from mc_export.skyreels_components import describe_transformer
 from mc_export.write_component import STORED_TYPES

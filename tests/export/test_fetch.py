@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from mc_engines.errors import MissingExtraError
+from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED
 from mc_export.checkpoint import ACCEPTED_FORMS, load_checkpoint
 from mc_export.fetch import fetch_checkpoint
-from mc_export.published import FAMILY_DEFAULTS, PUBLISHED
 
 REPOSITORY = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
 COMMIT = "0123456789" * 4

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from mc_engines.errors import CheckpointError
+from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE, published_name
 from mc_export.checkpoint import check_tensors, load_checkpoint
 from mc_export.original_names import (
     text_encoder_config,
@@ -26,7 +27,6 @@ from mc_export.original_names import (
     vae_config,
     vae_name,
 )
-from mc_export.published import PUBLISHED, UMT5_XXL, WAN21_VAE, published_name
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_export.component import ComponentSource
-from mc_export.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_export.random_source import RandomSource
 from mc_export.size_plan import SizePlan, plan_sizes, render_plan
 from mc_export.skyreels_components import transformer_components, transformer_tensors

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from mc_engines.errors import CheckpointError
+from mc_engines.published import PUBLISHED
 from mc_export.checkpoint import load_checkpoint
-from mc_export.published import PUBLISHED
 from mc_export.random_source import RandomSource
 from mc_export.skyreels import Combine, Motion, Rotate
 from mc_export.skyreels_components import (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mc_export.published import PUBLISHED
+from mc_engines.published import PUBLISHED
 from mc_export.skyreels import Block, Context, Embed, Head, TextProjection
 from mc_export.skyreels_components import describe_transformer
 from mc_runtime.flops import (

@@ -1,7 +1,8 @@
 """The published checkpoints: where they lie, and the configurations they have.
 
 Neighbours: `fetch_checkpoint` fetches one; `load_checkpoint` fills in what the original layout
-leaves out; a random checkpoint of a real size takes its configuration from here.
+leaves out; a random checkpoint of a real size takes its configuration from here, and `mc-bench
+predict` the sizes of a model that is not here.
 """
 
 __all__ = ["FAMILY_DEFAULTS", "PUBLISHED", "UMT5_XXL", "WAN21_VAE", "Published", "published_name"]

@@ -1,0 +1,120 @@
+"""What a run holds in memory, by arithmetic alone, in ONNX Runtime or on a device.
+
+Neighbours: `mc-export --dry-run` prints it for a checkpoint, `mc-bench predict` for a GPU.
+
+Symbols: L tokens of a chunk, S tokens of a window, T text tokens, C channels, H heads.
+"""
+
+__all__ = ["RunSizes", "WindowShape", "plan_run_sizes"]
+
+from dataclasses import dataclass
+
+from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES
+
+TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """The sizes of a transformer and of the largest window it denoises.
+
+    Attributes:
+        layers: Blocks.
+        heads: H.
+        dim: C.
+        ffn_dim: Inner channels of the feed-forward.
+        chunk_tokens: L.
+        window_tokens: S.
+        branches: Of guidance: 2, or 1 without it.
+        text_tokens: T of a branch.
+    """
+
+    layers: int
+    heads: int
+    dim: int
+    ffn_dim: int
+    chunk_tokens: int
+    window_tokens: int
+    branches: int = 2
+    text_tokens: int = TEXT_TOKENS
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """Memory of a run, in bytes.
+
+    Attributes:
+        kv_per_branch: Keys and values of a window, all layers, one guidance branch.
+        kv: Of all branches.
+        context: Keys and values of the text, all branches.
+        residual: Block output minus input of every token of a window, all branches.
+        weights: On the CPU the blocks', or one layer's, cast from the mapped file (0 where that is
+            float32); on a device the whole transformer.
+        qkv: Queries, keys and values of a whole chunk.
+        ffn: Inner values of the feed-forward of a whole chunk, before and after the GELU.
+        scores: Of the plain attention at the window's last chunk: H x L x S values.
+        pass_plain: Activations of the largest pass, with the plain attention.
+        pass_fused: Activations of the largest pass, with the fused attention.
+        decode: One step of the VAE's decoder with its states; 0 without a VAE, and on a device,
+            where it was not measured.
+        peak: All that is held, and the larger of a pass and a step of the decoder.
+    """
+
+    kv_per_branch: int
+    kv: int
+    context: int
+    residual: int
+    weights: int
+    qkv: int
+    ffn: int
+    scores: int
+    pass_plain: int
+    pass_fused: int
+    decode: int
+    peak: int
+
+
+def plan_run_sizes(
+    shape: WindowShape, *, value_bytes: int, weights: int, decode: int, fused: bool = False
+) -> RunSizes:
+    """Plan the memory of a run.
+
+    Args:
+        shape: Of the model and the window.
+        value_bytes: Of keys, values and activations: 4 in float32.
+        weights: Bytes that stay in memory.
+        decode: Bytes of a step of the VAE's decoder.
+        fused: Attention never writes its scores; otherwise it does where they are small.
+
+    Returns:
+        The sizes.
+    """
+    row = shape.dim * value_bytes
+    kv = 2 * shape.layers * shape.window_tokens * row
+    context = 2 * shape.layers * shape.text_tokens * row * shape.branches
+    residual = shape.window_tokens * row * shape.branches
+    rows = shape.chunk_tokens * row
+    qkv = 3 * rows
+    ffn = 2 * shape.chunk_tokens * shape.ffn_dim * value_bytes
+    scores = shape.heads * shape.chunk_tokens * shape.window_tokens * value_bytes
+    # Keys and values: the cache joined with the new rows, and what is gathered from that. The
+    # fused form lays the gathered ones out twice more, for its inputs and within its kernel.
+    joined = 2 * (shape.window_tokens + shape.chunk_tokens) * row
+    gathered = 2 * shape.window_tokens * row
+    pass_plain = rows + max(qkv + joined + gathered + scores, ffn)
+    pass_fused = rows + max(qkv + joined + 3 * gathered, ffn)
+    largest = pass_fused if fused or scores > FUSED_ATTENTION_BYTES else pass_plain
+    return RunSizes(
+        kv_per_branch=kv,
+        kv=kv * shape.branches,
+        context=context,
+        residual=residual,
+        weights=weights,
+        qkv=qkv,
+        ffn=ffn,
+        scores=scores,
+        pass_plain=pass_plain,
+        pass_fused=pass_fused,
+        decode=decode,
+        peak=kv * shape.branches + context + residual + weights + max(largest, decode),
+    )
