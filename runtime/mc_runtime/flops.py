@@ -69,6 +69,19 @@ class ModelFlops:
             patch_out=patch * config["out_channels"],
         )
 
+    @classmethod
+    def from_published(cls, config: Mapping[str, Any]) -> "ModelFlops":
+        """Read a published configuration, diffusers' keys."""
+        patch = math.prod(config["patch_size"])
+        return cls(
+            layers=config["num_layers"],
+            dim=config["num_attention_heads"] * config["attention_head_dim"],
+            ffn_dim=config["ffn_dim"],
+            text_dim=config["text_dim"],
+            patch_in=patch * config["in_channels"],
+            patch_out=patch * config["out_channels"],
+        )
+
     def embed(self, tokens: int) -> int:
         """Patches to tokens."""
         return 2 * tokens * self.patch_in * self.dim
