@@ -1,6 +1,8 @@
 """`mc-build`: engines in the bundle or beside it, none built twice, nothing broken by a crash."""
 
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -10,6 +12,7 @@ from click.testing import CliRunner
 
 from mc_engines import build_cli
 from mc_engines.build_cli import main
+from mc_engines.building import compile as compiling
 from mc_engines.building import engines
 from mc_engines.building.bounds import VideoLimits, bound_symbols
 from mc_engines.building.compile import (
@@ -151,6 +154,54 @@ def test_an_interrupt_leaves_whole_engines_and_a_valid_bundle(bundle: Path, monk
     run(bundle, *SMALL, code=130)
     assert find_faults(bundle) == []
     assert [each.component for each in EngineStore(Bundle.open(bundle)).read()[0]] == ["combine"]
+
+
+@pytest.mark.parametrize("place", ["log", "phase_start", "phase_finish"])
+def test_an_interrupt_in_a_callback_that_the_library_swallows_ends_the_build(
+    bundle: Path, monkeypatch, place
+) -> None:
+    """Whatever a callback raises, tensorrt_rtx 1.7.1 prints and goes on."""
+    phases = []
+
+    def press(make, *arguments):
+        made = make(*arguments)
+        base = type(made)
+
+        def act(self, *given):
+            if plans:
+                phases.append(place)
+                signal.raise_signal(signal.SIGINT)
+            return getattr(base, place)(self, *given)
+
+        if hasattr(base, place):
+            made.__class__ = type(base.__name__, (base,), {place: act})
+        return made
+
+    for name in ("make_log", "make_monitor"):
+        monkeypatch.setattr(compiling, name, partial(press, getattr(compiling, name)))
+    plans = []
+
+    def build(*arguments):
+        plan = build_plan(*arguments)
+        plans.append(plan)
+        return plan
+
+    monkeypatch.setattr(engines, "build_plan", build)
+    before = signal.getsignal(signal.SIGINT)
+    run(bundle, *SMALL, code=130)
+    assert phases and len(plans) == 1 and signal.getsignal(signal.SIGINT) is before
+    assert find_faults(bundle) == []
+    assert [each.component for each in EngineStore(Bundle.open(bundle)).read()[0]] == ["combine"]
+
+
+def test_an_interrupt_while_attention_is_asked_about_is_kept(library, monkeypatch) -> None:
+    class Log(type(make_log(library))):
+        def log(self, severity, message):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(compiling, "make_log", lambda _: Log())
+    with pytest.raises(KeyboardInterrupt):
+        has_fused_attention(library, Attention(12, 128), "bf16", (86,))
 
 
 def test_progress_can_cancel_a_build(library, tiny_bundle: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_engines.building.bounds import Bounds, Shape, bound_tensor
+from mc_engines.building.interrupt import Interrupt, hold_interrupt
 from mc_engines.building.library import Library
 from mc_engines.building.network import parse_graph
 from mc_engines.errors import BuildError, EngineError
@@ -84,7 +85,18 @@ def build_plan(
     Raises:
         EngineError: The graph is refused.
         BuildError: It cannot be built for these targets; the message says why.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
+    with hold_interrupt() as interrupt:
+        monitor = make_monitor(library, advance, interrupt)
+        plan = _build_plan(library, graph, path, request, monitor)
+    return plan
+
+
+def _build_plan(
+    library: Library, graph: GraphSpec, path: Path, request: Request, monitor: Any
+) -> bytes:
+    """Parse and build; the monitor may end it."""
     log = make_log(library)
     parsed = parse_graph(library, log, graph, path)
     config = parsed.builder.create_builder_config()
@@ -96,7 +108,6 @@ def build_plan(
         library.load_timing_cache(config, request.timing_cache)
     for shapes in request.bound(graph):
         _add_profile(parsed.builder, config, graph, shapes)
-    monitor = make_monitor(library, advance)
     config.progress_monitor = monitor
     plan = parsed.builder.build_serialized_network(parsed.network, config)
     if monitor.stopped_by is not None:
@@ -157,6 +168,9 @@ def has_fused_attention(
 
     Returns:
         Whether the build succeeds where attention may not be taken apart.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     module, log = library.module, make_log(library)
     builder = module.Builder(log)
@@ -175,7 +189,10 @@ def has_fused_attention(
     for name, tensor in inputs.items():
         profile.set_shape(name, *(_fill(tensor.shape, size) for size in _TOKENS))
     config.add_optimization_profile(profile)
-    return builder.build_serialized_network(network, config) is not None
+    with hold_interrupt() as interrupt:
+        config.progress_monitor = make_monitor(library, lambda *_: None, interrupt)
+        plan = builder.build_serialized_network(network, config)
+    return plan is not None
 
 
 def count_attention_kernels(plan: bytes) -> int | None:
@@ -211,8 +228,8 @@ def make_log(library: Library) -> Any:
     return Log()
 
 
-def make_monitor(library: Library, advance: Advance) -> Any:
-    """Make a monitor that passes progress on, and cancels with what `advance` raises."""
+def make_monitor(library: Library, advance: Advance, interrupt: Interrupt) -> Any:
+    """Make a monitor that passes progress on, and cancels with Ctrl-C or what `advance` raises."""
     base: Any = library.module.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
@@ -230,7 +247,7 @@ def make_monitor(library: Library, advance: Advance) -> Any:
                     advance(phase, step + 1, self._steps.get(phase, 0))
                 except BaseException as error:  # must not cross the library
                     self.stopped_by = error
-            return self.stopped_by is None
+            return self.stopped_by is None and not interrupt.pressed
 
         def phase_finish(self, phase: str) -> None:
             self._steps.pop(phase, None)
