@@ -1,5 +1,6 @@
 """`mc-generate --backend`: from engines to a video, with stand-ins for the libraries of GPUs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,30 @@ def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder,
     result, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
     assert given.exists()
     assert "On the CPU: timestep, vae_decoder_first, vae_decoder_next." in result.output
+
+
+@pytest.mark.parametrize("left_out", [{}, {"86": "FP32 GEMM is not supported."}])
+def test_a_part_that_was_left_out_for_this_gpu_runs_on_the_cpu(
+    tiny_bundle, tmp_path, folder, driver, left_out
+):
+    """As after `mc-build --sm 75,86`, or `--sm 86` and `--sm 75`, on a GPU of SM75."""
+    (path,) = folder.rglob("text_layer.*.json")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "targets": [89], "left_out": left_out})
+    )
+    result, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
+    assert given.exists() and "On the CPU: text_layer, timestep." in result.output
+
+
+def test_an_optional_part_for_a_smaller_video_is_not_passed_over(
+    tiny_bundle, tmp_path, folder, driver
+):
+    (path,) = folder.rglob("vae_decoder_next.*.json")
+    value = json.loads(path.read_text())
+    (profile,) = value["profiles"]
+    path.write_text(json.dumps({**value, "profiles": [{name: [[1]] * 3 for name in profile}]}))
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *ON_GPU, "--engines", folder, code=1)
+    assert "vae_decoder_next.fp32: expected an engine of" in result.output
 
 
 def test_a_larger_video_than_there_are_engines_for_is_refused(

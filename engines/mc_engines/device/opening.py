@@ -69,9 +69,32 @@ def open_device(bundle: Bundle, options: DeviceOptions, components: Sequence[str
 
 
 def list_components(bundle: Bundle, options: DeviceOptions) -> set[str]:
-    """Name the components that have an engine at all; it may be one that cannot run here."""
+    """Name the components that have an engine of this library for this GPU.
+
+    Its sizes may be too small, or its graph another: that can be mended by building it again. What
+    was left out for this GPU cannot, and is not named.
+
+    Args:
+        bundle: An opened bundle.
+        options: Which engines, and where.
+
+    Returns:
+        The components.
+
+    Raises:
+        MissingExtraError: A library is not installed.
+        EngineError: There is no GPU.
+    """
+    version = open_library(options.backend).version
+    capability = open_gpu(options.ordinal).capability
     sidecars, _ = EngineStore(bundle, options.engines).read()
-    return {each.component for each in sidecars if each.form == options.form and not each.layers}
+    return {
+        each.component
+        for each in sidecars
+        if (each.backend, each.version, each.form) == (options.backend, version, options.form)
+        and capability in each.targets
+        and not each.layers
+    }
 
 
 def _read(store: EngineStore, component: str, place: Place) -> Plan:
