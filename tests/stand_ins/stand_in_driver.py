@@ -58,8 +58,8 @@ class StandInDriver:
 
     CUresult = CUresult
     CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0,
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
     )
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
@@ -97,7 +97,7 @@ class StandInDriver:
         return OK, b"Stand-in\0\0\0"
 
     def cuDeviceGetAttribute(self, attribute, device):
-        return OK, self.capability[attribute]
+        return OK, self.capability[attribute - 75]
 
     def cuGetErrorName(self, status):
         return OK, CUresult(status).name.encode()
@@ -268,6 +268,8 @@ class StandInDriver:
     def cuLaunchKernel(self, function, *arguments):
         *_, stream, (values, types), _ = arguments
         assert len(values) == len(types)
+        if None in values:  # as cuda.bindings, which cannot pack it
+            raise TypeError("expected a value of every argument, got None")
         self.launches += 1
         self.put(stream, lambda: function(*values))
         return (OK,)
@@ -275,7 +277,7 @@ class StandInDriver:
     def move_rows(self, source, froms, source_rows, target, tos, target_rows, planes, count, units):
         """What kernels.cu computes, in numpy."""
         chosen = [
-            np.arange(count) if rows is None else self.view(rows, 4 * count).view(np.int32)
+            np.arange(count) if not rows else self.view(rows, 4 * count).view(np.int32)
             for rows in (froms, tos)
         ]
         keep = (chosen[0] >= 0) & (chosen[1] >= 0)

@@ -269,7 +269,8 @@ class Stream:
             threads: Of a block.
             *arguments: Values of ctypes types, as the kernel declares them.
         """
-        values = tuple(each.value for each in arguments)
+        # The value of a null pointer is None in ctypes; cuda-bindings 13.5 takes 0 alone.
+        values = tuple(each.value or 0 for each in arguments)
         types = tuple(type(each) for each in arguments)
         self.gpu.call(
             "cuLaunchKernel",
