@@ -3,7 +3,14 @@
 Neighbours: `mc-generate` checks its outputs; `VideoWriter` and `write_record` write them.
 """
 
-__all__ = ["check_distinct", "check_output", "hidden_path", "replace_file", "write_failure"]
+__all__ = [
+    "check_distinct",
+    "check_output",
+    "hidden_path",
+    "replace_file",
+    "write_failure",
+    "write_text",
+]
 
 import os
 import secrets
@@ -104,3 +111,9 @@ def replace_file(path: Path) -> Generator[Path]:
         raise failure from error
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text; an old file stays until the new one is whole."""
+    with replace_file(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")

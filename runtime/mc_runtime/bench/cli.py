@@ -1,4 +1,4 @@
-"""`mc-bench`: what a policy costs and how near its video is to the uncached one.
+"""`mc-bench run`: what a policy costs and how near its video is to the uncached one.
 
 Neighbours: `policies` runs and measures, `policy_report` and `page` tell.
 """
@@ -32,10 +32,11 @@ from mc_runtime.bench.policies import (
     take_turns,
 )
 from mc_runtime.bench.policy_report import DIFFUSERS, build_report
+from mc_runtime.bench.predict_cli import predict_command
 from mc_runtime.fidelity import Lpips, compare_videos
 from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
 from mc_runtime.options import GenerationOptions
-from mc_runtime.output_file import check_distinct, check_output, replace_file
+from mc_runtime.output_file import check_distinct, check_output, write_text
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.prompts import encode_prompts, read_prompts
 
@@ -45,7 +46,7 @@ _PLAIN_WIDTH = 100  # columns where the output is not a terminal
 @click.group("mc-bench")
 @click.version_option(package_name="motioncache")
 def main() -> None:
-    """Measure a bundle on this machine."""
+    """Measure a bundle on this machine, or predict one elsewhere."""
 
 
 @command("run")
@@ -104,14 +105,15 @@ def run(
     _rehearse_judging(bench, lpips)
     report = _measure(bench, lpips, values["checkpoint"], say)
     if output is not None:
-        _write(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_text(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if html is not None:
-        _write(html, render_page(report))
+        write_text(html, render_page(report))
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     print_report(report, Console(width=width, highlight=False, markup=False, emoji=False))
 
 
 main.add_command(run)
+main.add_command(predict_command)
 
 
 def _check_outputs(
@@ -182,8 +184,3 @@ def _measure(
         judgement = judge_frames(bench, turns, lpips, *frames)
         versions = None if baseline is None else baseline.versions
     return build_report(bench, turns, judgement, versions, lpips is not None)
-
-
-def _write(path: Path, text: str) -> None:
-    with replace_file(path) as hidden:
-        hidden.write_text(text, encoding="utf-8")

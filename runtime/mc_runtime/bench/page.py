@@ -12,11 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from mc_engines.errors import require
+from mc_runtime.bench.tables import console_table, html_facts, html_page, html_table
 
 Report = Mapping[str, Any]
 _TIME = ("", "seconds", "speed-up", "by FLOPs", "verdict", "outside engines", "policy")
@@ -29,16 +28,6 @@ _FIDELITY = (
     "identical frames",
 )
 _VANILLA, _CAUSAL = "every_chunk_every_row", "chunk_causal"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
-  color: #1b1f24; background: #fff }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #d8dee4 }
-th:first-child, td:first-child { text-align: left }
-.facts td { text-align: left } svg { max-width: 100%; height: auto }
-.wide { overflow-x: auto }
-"""
 
 
 def _tables(report: Report) -> dict[str, tuple[Sequence[str], list[list[str]]]]:
@@ -130,18 +119,9 @@ def print_report(report: Report, console: Console) -> None:
         console: Where to.
     """
     for title, (columns, rows) in _tables(report).items():
-        console.print(_table(title, columns, rows))
+        console.print(console_table(title, columns, rows))
     for caveat in report["caveats"]:
         console.print(f"- {caveat}")
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def render_page(report: Report) -> str:
@@ -161,17 +141,14 @@ def render_page(report: Report) -> str:
         [
             f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
             _draw_svg(report) if _fidelity_rows(report) else "",
-            *(f"<h2>{title}</h2>\n{_html_table(*table)}" for title, table in tables.items()),
+            *(f"<h2>{title}</h2>\n{html_table(*table)}" for title, table in tables.items()),
             "<h2>what to know</h2>",
             f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in report['caveats'])}</ul>",
             "<h2>settings</h2>",
-            _html_facts(_facts(report)),
+            html_facts(_facts(report)),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mc-bench</title>'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return html_page("mc-bench", body)
 
 
 def _facts(report: Report) -> dict[str, str]:
@@ -193,22 +170,6 @@ def _facts(report: Report) -> dict[str, str]:
         "reference kernel": f"{min(kernel):.1f} to {max(kernel):.1f} ms",
         **versions,
     }
-
-
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
-
-
-def _html_facts(facts: Mapping[str, str]) -> str:
-    rows = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f'<div class="wide"><table class="facts">{rows}</table></div>'
 
 
 def _draw_svg(report: Report) -> str:

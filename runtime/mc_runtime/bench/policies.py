@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_runtime.bench.reference import time_kernel
 from mc_runtime.fidelity import Fidelity, Lpips, compare_videos
 from mc_runtime.generation import Progress
 from mc_runtime.inputs import check_policy
@@ -37,7 +38,6 @@ from motioncache import DecisionTrace, Policy
 REFERENCE = "none"
 REST_SECONDS = 0.05  # until the threads of the turn before, which spin for a while, are asleep
 WARMUP_ROWS = 3  # all that a run ever does is done in the first rows, but for its policy
-_KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
 
 Latents = NDArray[np.float32]
 Frames = NDArray[np.uint8]
@@ -221,24 +221,14 @@ def take_turns(
         for prompt in range(prompts):
             for name in names[first:] + names[:first]:
                 time.sleep(REST_SECONDS)
-                turns.reference_ms.append(_time_reference())
+                turns.reference_ms.append(time_kernel())
                 turn = replace(contenders[name](prompt, None), round=number)
                 if number:
                     turn = replace(turn, latents=(), trace=None)
                 turns.of[name].append(turn)
                 advance(name, turn)
-    turns.reference_ms.append(_time_reference())
+    turns.reference_ms.append(time_kernel())
     return turns
-
-
-def _time_reference() -> float:
-    """Milliseconds of some matrix products that are always the same."""
-    product = np.ones((_KERNEL_SIZE, _KERNEL_SIZE), np.float32)
-    factor = np.full_like(product, 1 / _KERNEL_SIZE)
-    start = time.perf_counter()
-    for _ in range(_KERNEL_PRODUCTS):
-        product = product @ factor
-    return 1e3 * (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
-"""What `mc-bench run` measured, as numbers ready for JSON; `report.schema.json` describes them.
+"""What `mc-bench run` measured, as numbers ready for JSON; `policies.schema.json` describes them.
 
 Neighbours: `policies` measures, `flops` counts, `page` shows the report.
 Ratios say how many times a baseline takes what the policy takes: 2 is twice as fast, half the work.
 """
 
-__all__ = ["DIFFUSERS", "build_report", "read_schema"]
+__all__ = ["DIFFUSERS", "build_report"]
 
-import json
 import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +41,6 @@ _METHOD = (
     "Frames are compared with those of none before they are encoded. PSNR is the mean over frames "
     "that differ; the moving region is what moves in the frames of none.",
 )
-
-
-def read_schema() -> dict[str, Any]:
-    """Read the JSON Schema that every report follows."""
-    text = (
-        resources.files("mc_runtime.bench")
-        .joinpath("report.schema.json")
-        .read_text(encoding="utf-8")
-    )
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ def build_report(
         lpips: Whether LPIPS was measured.
 
     Returns:
-        A report that follows `report.schema.json`.
+        A report that follows `policies.schema.json`.
     """
     manifest = bench.pipeline.bundle.manifest
     flops = ModelFlops.from_manifest(manifest.config["transformer"])

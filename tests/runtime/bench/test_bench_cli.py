@@ -18,7 +18,8 @@ from mc_runtime.bench import baseline, cli, policies, policy_report
 from mc_runtime.bench.cli import main
 from mc_runtime.bench.page import render_page
 from mc_runtime.bench.policies import Bench, Turn
-from mc_runtime.bench.policy_report import BUSY_SPREAD, read_schema
+from mc_runtime.bench.policy_report import BUSY_SPREAD
+from mc_runtime.bench.schemas import read_schema
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work, vanilla_work
 from mc_runtime.options import GenerationOptions
 from motioncache import Preset
@@ -75,11 +76,11 @@ def report(measured):
 
 
 def validate(report):
-    jsonschema.validate(report, read_schema(), cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(report, read_schema("policies"), cls=jsonschema.Draft202012Validator)
 
 
 def test_the_report_follows_its_schema(report):
-    jsonschema.Draft202012Validator.check_schema(read_schema())
+    jsonschema.Draft202012Validator.check_schema(read_schema("policies"))
     validate(report)
     assert report["prompts"] == list(PROMPTS)
     assert report["settings"] == asdict(OPTIONS)
@@ -99,7 +100,7 @@ def objects(schema):
 
 
 def test_the_schema_is_strict(report):
-    schema = read_schema()
+    schema = read_schema("policies")
     assert set(schema["properties"]["settings"]["properties"]) == {
         entry.name for entry in fields(GenerationOptions)
     }
@@ -218,7 +219,7 @@ def run_quickly(bundle, tmp_path, *arguments):
 @pytest.mark.parametrize(("slow", "verdict"), [(1.2, "faster"), (1.4, None)])
 def test_a_busy_machine_gets_no_verdict(tiny_bundle, tmp_path, monkeypatch, slow, verdict):
     samples = iter([10.0, 10.0 * slow, 10.0])
-    monkeypatch.setattr(policies, "_time_reference", lambda: next(samples))
+    monkeypatch.setattr(policies, "time_kernel", lambda: next(samples))
     ratios = {"none": 2.0, "flowcache": 1.0}
     monkeypatch.setattr(
         "mc_runtime.bench.policy_report._median",

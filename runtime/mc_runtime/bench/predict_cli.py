@@ -1,0 +1,168 @@
+"""`mc-bench predict`: what a generation would take on a device that is not here."""
+
+__all__ = ["predict_command"]
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mc_engines.command import command
+from mc_runtime.bench.devices import DEVICES, THIS_CPU
+from mc_runtime.bench.predict import (
+    DTYPES,
+    Efficiency,
+    Request,
+    choose_dtype,
+    describe_model,
+    predict,
+)
+from mc_runtime.bench.tables import console_table
+from mc_runtime.flags import FILE, INPUT, setting_options
+from mc_runtime.output_file import check_output, write_text
+from motioncache import DecisionTrace
+
+_PLAIN_WIDTH = 100  # columns where the output is not a terminal
+_SHARE = click.FloatRange(0, 1)
+_POSITIVE_SHARE = click.FloatRange(0, 1, min_open=True)
+_SETTINGS = {
+    "num_frames": "Frames of the video.",
+    "height": "Pixels.",
+    "width": "Pixels.",
+    "num_inference_steps": "Denoising steps of every chunk.",
+    "guidance_scale": "1 switches guidance off.",
+    "ar_step": "Steps a chunk lags behind the one before; 0: all together.",
+    "causal_block_size": "Latent frames of a chunk.",
+    "base_num_frames": "Frames of a window.",
+    "overlap_history": "Frames that a window takes over.",
+}
+_RUNS = {"policy": "this run", "none": "nothing skipped", "vanilla": "every chunk in every row"}
+
+
+@command("predict")
+@click.argument("model", metavar="BUNDLE|CONFIG")
+@click.option("--device", required=True, help=f"One of {', '.join([*DEVICES, THIS_CPU])}.")
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPES]),
+    help="Of the engines; fp8: weights in FP8 beside bf16. Default: bf16, on a CPU fp32.",
+)
+@click.option("--trace", type=INPUT, help="Take the decisions of a recorded run, as shares.")
+@click.option("--computed", type=_SHARE, help="Share of the tokens that every step computes.")
+@click.option(
+    "--flops-efficiency",
+    type=_POSITIVE_SHARE,
+    default=Efficiency.flops,
+    show_default=True,
+    help="Share of the device's operations that the estimate counts on.",
+)
+@click.option(
+    "--bandwidth-efficiency",
+    type=_POSITIVE_SHARE,
+    default=Efficiency.bandwidth,
+    show_default=True,
+    help="Share of its bandwidth, likewise.",
+)
+@click.option("-o", "--output", type=FILE, help="JSON to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@setting_options(_SETTINGS)
+def predict_command(
+    model: str,
+    device: str,
+    dtype: str | None,
+    trace: Path | None,
+    computed: float | None,
+    flops_efficiency: float,
+    bandwidth_efficiency: float,
+    output: Path | None,
+    overwrite: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Predict time and memory of a generation with BUNDLE, or a published CONFIG, by a roofline."""
+    if trace is not None and computed is not None:
+        raise click.UsageError("--computed and --trace both say what is computed. Give one.")
+    if output is not None:
+        check_output(output, overwrite)
+    described = describe_model(model)
+    given = {name: value for name, value in settings.items() if value is not None}
+    report = predict(
+        described,
+        Request(
+            replace(described.defaults, **given),
+            device,
+            dtype or choose_dtype(device),
+            computed,
+            None if trace is None else DecisionTrace.load(trace),
+            Efficiency(flops_efficiency, bandwidth_efficiency),
+        ),
+    )
+    if output is not None:
+        write_text(output, json.dumps(report, indent=2) + "\n")
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    _print(report, Console(width=width, highlight=False, markup=False, emoji=False))
+
+
+def _print(report: Mapping[str, Any], console: Console) -> None:
+    device, settings = report["device"], report["settings"]
+    size = f"{settings['num_frames']} frames of {settings['height']} x {settings['width']}"
+    console.print(
+        f"{report['model']} on {device['title']}, {report['dtype']}: {size}, "
+        f"{settings['num_inference_steps']} steps, {report['computed_share']:.0%} of the tokens"
+    )
+    for title, (columns, rows) in {
+        "time, in seconds": (("", "at least", "estimate", "first chunk"), _time_rows(report)),
+        "memory of the device, in GB": (("", "GB"), _memory_rows(report)),
+    }.items():
+        console.print(console_table(title, columns, rows))
+    for line in (*_verdict(report["memory"]), *_notes(report)):
+        console.print(f"- {line}")
+
+
+def _time_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for run, title in _RUNS.items():
+        time = report["time"][run]
+        first = f"{time['first_chunk']['estimate']:.3g}" if "first_chunk" in time else ""
+        total = [f"{time['total'][which]:.3g}" for which in ("bound", "estimate")]
+        rows.append([title, *total, first])
+    return rows
+
+
+def _memory_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    memory = report["memory"]
+    parts = ("weights", "kv_cache", "prompt_keys", "residuals", "activations", "peak", "capacity")
+    return [[part.replace("_", " "), f"{memory[part] / 1e9:.2f}"] for part in parts]
+
+
+def _verdict(memory: Mapping[str, Any]) -> list[str]:
+    """Whether it fits, and else what would make it fit."""
+    shared = ", which the host shares" if memory["shared_with_host"] else ""
+    usable = f"{memory['usable_share']:.0%} of the memory{shared}"
+    if memory["fits"]:
+        return [f"It fits into {usable}."]
+    if not memory["ways_to_fit"]:
+        return [f"It does not fit into {usable}, not even in short windows with streamed weights."]
+    ways = [
+        f"It would with {way['change']}: {way['peak'] / 1e9:.2f} GB."
+        for way in memory["ways_to_fit"]
+    ]
+    return [f"It does not fit into {usable}.", *ways]
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know before believing a number."""
+    rates, efficiency = report["rates"], report["efficiency"]
+    return [
+        report["note"],
+        f"Rates: {rates['flops'] / 1e12:.4g} TFLOP/s with weights, "
+        f"{rates['attention_flops'] / 1e12:.4g} in attention, "
+        f"{rates['bandwidth'] / 1e9:.4g} GB/s. Source: {report['device']['source']}.",
+        f"The estimate counts on {efficiency['flops']:.0%} of the operations and "
+        f"{efficiency['bandwidth']:.0%} of the bandwidth; the bound on all of both.",
+    ]

@@ -1,0 +1,44 @@
+"""What this machine does at its best: the yardstick beside every measurement.
+
+Neighbours: `policies` and `sweep` time the kernel between their turns, so that another program on
+the machine shows; `predict` takes the rates as the roofline of `this-cpu`.
+"""
+
+__all__ = ["measure_rates", "time_kernel"]
+
+import time
+
+import numpy as np
+
+_KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
+_COPIED = 2**26  # bytes: beyond any cache
+_ROUNDS = 5
+
+
+def time_kernel() -> float:
+    """Return the milliseconds of some matrix products that are always the same."""
+    product = np.ones((_KERNEL_SIZE, _KERNEL_SIZE), np.float32)
+    factor = np.full_like(product, 1 / _KERNEL_SIZE)
+    start = time.perf_counter()
+    for _ in range(_KERNEL_PRODUCTS):
+        product = product @ factor
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure_rates() -> tuple[float, float]:
+    """Measure this CPU in half a second, in float32 and with the threads that numpy takes.
+
+    Returns:
+        Operations per second of a matrix product, and bytes per second read and written by a copy:
+        the best of five rounds of each.
+    """
+    operations = 2 * _KERNEL_SIZE**3 * _KERNEL_PRODUCTS
+    source = np.zeros(_COPIED, np.uint8)
+    target = np.ones_like(source)
+    flops, bandwidth = 0.0, 0.0
+    for _ in range(_ROUNDS):
+        flops = max(flops, operations / time_kernel() * 1e3)
+        start = time.perf_counter()
+        np.copyto(target, source)
+        bandwidth = max(bandwidth, 2 * _COPIED / (time.perf_counter() - start))
+    return flops, bandwidth

@@ -1,0 +1,59 @@
+"""Tables of a benchmark, on the terminal and in a page of HTML that needs no other file.
+
+Neighbours: `page` fills them for `mc-bench run`, `predict_cli` and `compare_cli` for the others.
+"""
+
+__all__ = ["console_table", "html_facts", "html_page", "html_table"]
+
+import html
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
+  color: #1b1f24; background: #fff }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #d8dee4 }
+th:first-child, td:first-child { text-align: left }
+.facts td { text-align: left } svg { max-width: 100%; height: auto }
+.wide { overflow-x: auto }
+"""
+
+
+def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Make a table whose first column is the name of each row."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table; its first column is the name of each row."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def html_facts(facts: Mapping[str, str]) -> str:
+    """Write a table of two columns without a head."""
+    rows = "\n".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in facts.items()
+    )
+    return f'<div class="wide"><table class="facts">{rows}</table></div>'
+
+
+def html_page(title: str, body: str) -> str:
+    """Put a body into a whole page."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
+        f"</title><style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
