@@ -8,6 +8,7 @@ manifest, `Bundle` reads through it, `BundleWriter` and `add_files` write it.
 
 __all__ = [
     "CACHE_SUFFIX",
+    "ENGINES_FOLDER",
     "HASH_FILE",
     "LOCK_FILE",
     "MANIFEST_FILE",
@@ -38,6 +39,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 HASH_FILE = "manifest.sha256"
 LOCK_FILE = ".lock"
+ENGINES_FOLDER = "engines"  # what mc-build makes, and makes again
 CACHE_SUFFIX = ".cache"  # beside an engine: what its library compiled for the GPU of this machine
 _HASH_LINES = re.compile(rf"(?:[0-9a-f]{{64}}  {re.escape(MANIFEST_FILE)}\n){{1,2}}")
 _TYPES: dict[str, type | UnionType] = {

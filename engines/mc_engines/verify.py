@@ -9,11 +9,13 @@ __all__ = ["find_faults", "find_file_faults"]
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mc_engines.errors import BundleError
 from mc_engines.manifest import (
     CACHE_SUFFIX,
+    ENGINES_FOLDER,
     HASH_FILE,
     LOCK_FILE,
     MANIFEST_FILE,
@@ -25,6 +27,7 @@ from mc_engines.manifest import (
 )
 
 _AGAIN = "Copy the bundle again, or export it again."
+_BUILD = "Run mc-build again."
 
 
 def find_faults(folder: Path) -> list[str]:
@@ -49,18 +52,21 @@ def find_faults(folder: Path) -> list[str]:
         if _find_fault(folder, path, entry) is None:
             got = hash_file(folder / path)
             if got != entry.sha256:
+                again = _BUILD if _is_engine(path) else _AGAIN
                 faults.append(
-                    f"{folder}: {path}: expected sha256 {entry.sha256}, got {got}. {_AGAIN}"
+                    f"{folder}: {path}: expected sha256 {entry.sha256}, got {got}. {again}"
                 )
     return faults + list(_find_folder_faults(folder, manifest))
 
 
-def find_file_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+def find_file_faults(folder: Path, manifest: Manifest, engines: bool = True) -> Iterator[str]:
     """Check, without reading them, that the files a manifest names are there and are whole.
 
     Args:
         folder: The bundle.
         manifest: Of this bundle.
+        engines: Whether an engine that is missing or not whole is a fault. It is none for who opens
+            the bundle: there is a run without it, and mc-build, which makes it again, opens it too.
 
     Yields:
         A message for every path that leads outside, every link, every file that is missing or of
@@ -68,8 +74,8 @@ def find_file_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     """
     for path, entry in sorted(manifest.files.items()):
         fault = _find_fault(folder, path, entry)
-        if fault is not None:
-            yield f"{folder}: {path}: {fault}"
+        if fault is not None and (engines or fault.is_unsafe or not _is_engine(path)):
+            yield f"{folder}: {path}: {fault.text}"
     for name, component in manifest.components.items():
         used = [*(graph.file for graph in component.graphs.values()), *component.weight_files]
         for path in dict.fromkeys(used):
@@ -80,22 +86,37 @@ def find_file_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
                 )
 
 
-def _find_fault(folder: Path, path: str, entry: FileEntry) -> str | None:
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a file; unsafe: it is not to be touched, rather than made again."""
+
+    text: str
+    is_unsafe: bool = False
+
+
+def _is_engine(path: str) -> bool:
+    return path.startswith(f"{ENGINES_FOLDER}/")
+
+
+def _find_fault(folder: Path, path: str, entry: FileEntry) -> _Fault | None:
     if not is_inside(path):
-        return "expected a path inside the bundle, got one that is not. Do not use this bundle."
+        text = "expected a path inside the bundle, got one that is not. Do not use this bundle."
+        return _Fault(text, True)
+    again = _BUILD if _is_engine(path) else _AGAIN
     current = folder
     for part in path.split("/"):
         current /= part
         try:
             status = current.lstat()
         except (FileNotFoundError, NotADirectoryError):
-            return f"expected {entry.size} bytes, got no file. {_AGAIN}"
+            return _Fault(f"expected {entry.size} bytes, got no file. {again}")
         if stat.S_ISLNK(status.st_mode):
-            return f"expected a regular file, got a link ({current}). Put the file itself here."
+            text = f"expected a regular file, got a link ({current}). Put the file itself here."
+            return _Fault(text, True)
     if not stat.S_ISREG(status.st_mode):
-        return f"expected a regular file, got something else. {_AGAIN}"
+        return _Fault(f"expected a regular file, got something else. {again}", True)
     if status.st_size != entry.size:
-        return f"expected {entry.size} bytes, got {status.st_size}. {_AGAIN}"
+        return _Fault(f"expected {entry.size} bytes, got {status.st_size}. {again}")
     return None
 
 
@@ -125,7 +146,7 @@ def _find_folder_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def _is_of_the_machine(relative: str, size: int) -> bool:
     """Whether a file may be there unnamed: the empty lock, and what a GPU's library compiled."""
-    cache = relative.startswith("engines/") and relative.endswith(CACHE_SUFFIX)
+    cache = _is_engine(relative) and relative.endswith(CACHE_SUFFIX)
     return cache or (relative == LOCK_FILE and not size)
 
 

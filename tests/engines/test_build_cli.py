@@ -100,6 +100,37 @@ def test_an_engine_that_lost_its_end_is_built_again_in_a_folder(
     assert path.stat().st_size >= sidecar.size
 
 
+@pytest.mark.parametrize("ending", [".engine", ".engine.json"])
+@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize("clean", [(), ("--clean",)])
+def test_an_engine_of_the_bundle_that_is_damaged_is_built_again(
+    bundle: Path, ending, missing, clean
+) -> None:
+    run(bundle, *SMALL)
+    (path,) = bundle.glob(f"engines/*/embed.*{ending}")
+    if missing:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+    (fault,) = find_faults(bundle)
+    assert f"{path.name}: expected " in fault and fault.endswith(". Run mc-build again.")
+    assert Bundle.open(bundle).manifest.files
+    run(bundle, *SMALL, *clean)
+    assert find_faults(bundle) == []
+    store = EngineStore(Bundle.open(bundle))
+    assert [each.component for each in store.read()[0]] == ["combine", "embed"]
+    assert all(map(store.is_whole, store.read()[0]))
+
+
+def test_damaged_engines_that_nobody_wants_are_removed(bundle: Path) -> None:
+    run(bundle, *SMALL)
+    for path in bundle.glob("engines/*/embed.*"):
+        path.unlink()
+    run(bundle, "--component", "combine", "--clean")
+    assert find_faults(bundle) == []
+    assert [each.component for each in EngineStore(Bundle.open(bundle)).read()[0]] == ["combine"]
+
+
 def test_a_read_only_bundle_has_its_engines_elsewhere(bundle: Path, tmp_path: Path) -> None:
     files = read_files(bundle)
     run(bundle, *SMALL, "--engines", tmp_path / "engines")

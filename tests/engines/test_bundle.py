@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from mc_engines import manifest as manifest_module
 from mc_engines.bundle import Bundle
+from mc_engines.bundle_additions import add_files
 from mc_engines.bundle_writer import BundleWriter
 from mc_engines.errors import BundleError
 from mc_engines.manifest import Manifest, is_inside
@@ -169,6 +170,15 @@ def test_a_truncated_file_does_not_open(path, file):
 def test_a_missing_file_does_not_open(path, file):
     shutil.rmtree(path / file) if file == "onnx" else (path / file).unlink()
     with pytest.raises(BundleError, match=r"expected \d+ bytes, got no file. Copy the bundle"):
+        Bundle.open(path)
+
+
+def test_an_engine_that_is_a_link_does_not_open(path):
+    add_files(path, {"engines/x-1/block.engine": b"plan"})
+    engine = path / "engines/x-1/block.engine"
+    shutil.move(engine, path.parent / "elsewhere")
+    engine.symlink_to(path.parent / "elsewhere")
+    with pytest.raises(BundleError, match="expected a regular file, got a link"):
         Bundle.open(path)
 
 

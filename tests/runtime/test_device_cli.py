@@ -1,6 +1,7 @@
 """`mc-generate --backend`: from engines to a video, with stand-ins for the libraries of GPUs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,18 @@ def test_an_optional_part_for_a_smaller_video_is_not_passed_over(
     path.write_text(json.dumps({**value, "profiles": [{name: [[1]] * 3 for name in profile}]}))
     result, _ = run(tiny_bundle, tmp_path / "a.mp4", *ON_GPU, "--engines", folder, code=1)
     assert "vae_decoder_next.fp32: expected an engine of" in result.output
+
+
+def test_damaged_engines_in_the_bundle_are_no_hindrance_on_the_cpu(tiny_bundle, tmp_path, driver):
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny.bundle"))
+    store_engines(Bundle.open(bundle), None, ("head", "embed"))
+    head, embed = (next(bundle.glob(f"engines/*/{name}.*.engine")) for name in ("head", "embed"))
+    head.unlink()
+    embed.write_bytes(embed.read_bytes()[:-1])
+    _, given = run(bundle, tmp_path / "cpu.mp4")
+    assert given.exists()
+    result, _ = run(bundle, tmp_path / "gpu.mp4", *ON_GPU, code=1)
+    assert "expected an engine of tensorrt-rtx" in result.output and "mc-build" in result.output
 
 
 def test_a_larger_video_than_there_are_engines_for_is_refused(

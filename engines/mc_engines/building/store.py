@@ -23,10 +23,9 @@ from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
 from mc_engines.bundle_files import lock_folder, replace_file
 from mc_engines.errors import BundleError, EngineError
-from mc_engines.manifest import hash_file, read_manifest
+from mc_engines.manifest import ENGINES_FOLDER, hash_file, read_manifest
 
 SCHEMA = "motioncache.engine/v1"
-_FOLDER = "engines"
 _KEY_DIGITS = 16
 _SIDECAR = ".engine.json"
 
@@ -45,7 +44,7 @@ def engine_file(backend: str, version: str, part: Part, form: str, inputs: str) 
         A relative path.
     """
     name = f"{part.name}.{form}.{inputs[:_KEY_DIGITS]}.engine"
-    return f"{_FOLDER}/{backend}-{version}/{name}"
+    return f"{ENGINES_FOLDER}/{backend}-{version}/{name}"
 
 
 @dataclass(frozen=True)
@@ -181,13 +180,18 @@ class EngineStore:
         """Paths of the sidecars that are there; in a bundle, those that the manifest names."""
         if self.folder is None:
             files = read_manifest(self.root)[0].files
-            return {name for name in files if name.startswith(_FOLDER) and name.endswith(_SIDECAR)}
-        found = (self.root / _FOLDER).glob(f"*/*{_SIDECAR}")
+            return {
+                name
+                for name in files
+                if name.startswith(ENGINES_FOLDER) and name.endswith(_SIDECAR)
+            }
+        found = (self.root / ENGINES_FOLDER).glob(f"*/*{_SIDECAR}")
         return {path.relative_to(self.root).as_posix() for path in found}
 
     def _read(self, name: str) -> Sidecar:
         path = self.root / name
-        return Sidecar.from_bytes(str(path), path.read_bytes())
+        data = path.read_bytes() if path.is_file() else b""
+        return Sidecar.from_bytes(str(path), data)
 
     def find(self, file: str, inputs: str) -> Sidecar | None:
         """Return the engine of that `engine_file` if it is there, of these inputs, and sound."""
@@ -268,7 +272,7 @@ class EngineStore:
 
     def _remove_strays(self) -> list[str]:
         """Remove what a killed command left: engines without a sidecar, files half written."""
-        if not (self.root / _FOLDER).is_dir():
+        if not (self.root / ENGINES_FOLDER).is_dir():
             return []
         with self._locked():
             known = self._names()
@@ -276,7 +280,7 @@ class EngineStore:
             strays = [
                 path
                 for ending in ("*.engine", f"*{_SIDECAR}", ".*.new")
-                for path in sorted((self.root / _FOLDER).glob(f"*/{ending}"))
+                for path in sorted((self.root / ENGINES_FOLDER).glob(f"*/{ending}"))
                 if path.relative_to(self.root).as_posix() not in known
             ]
             for path in strays:
@@ -286,7 +290,7 @@ class EngineStore:
     @contextmanager
     def _locked(self) -> Generator[None]:
         """Be the only one who changes engines: in the bundle, or in the folder."""
-        lock = lock_folder(self.root if self.folder is None else self.root / _FOLDER)
+        lock = lock_folder(self.root if self.folder is None else self.root / ENGINES_FOLDER)
         try:
             yield
         finally:
