@@ -162,9 +162,10 @@ class DevicePasses:
             row_map[rows] = tokens + np.arange(len(rows), dtype=np.int32)
             if len(rows):
                 y = self._recompute(branch, chunk, x, rows, modulation)
-            else:  # the graph wants one row, and uses it nowhere
-                y = room["y0"].reshape(1, 1, self.config.dim)
-                self.device.transfers.upload(np.zeros(1, np.int32), room["rows"])
+            else:  # the graph wants as many rows as the smallest bucket has, and uses them nowhere
+                size = self.bucket(1, tokens)
+                y = room["y0"].reshape(1, size, self.config.dim)
+                self.device.transfers.upload(np.zeros(size, np.int32), room["rows"])
             if chunk not in branch.residuals:
                 dtype = self.device.engines["combine"].spec("residual").numpy_dtype
                 branch.residuals[chunk] = self._allocate(x.shape, dtype, "a residual")

@@ -12,10 +12,11 @@ from functools import partial
 import numpy as np
 import pytest
 from stand_in_driver import StandInDriver
-from stand_in_tensorrt import StandInLibrary, make_plan
+from stand_in_tensorrt import StandInLibrary, StandInTensorRT, make_plan
 
-from mc_engines.building.bounds import VideoLimits, bound_symbols, bound_tensor
-from mc_engines.building.library import Library
+from mc_engines.building.bounds import VideoLimits, bound_symbols, bucket_symbols
+from mc_engines.building.compile import Request
+from mc_engines.building.library import BACKENDS, Library
 from mc_engines.device.arrays import Transfers
 from mc_engines.device.cuda import Gpu, Stream
 from mc_engines.device.device import Device, Plan
@@ -76,20 +77,26 @@ class Setup:
     """A stand-in GPU with the tiny model on it, four layers of it, and both ways to run it."""
 
     def __init__(
-        self, tiny: VideoPipeline, stream_weights: bool = False, eager: bool = False, most: int = 32
+        self,
+        tiny: VideoPipeline,
+        stream_weights: bool = False,
+        eager: bool = False,
+        most: int = 32,
+        backend: str = "tensorrt-rtx",
     ) -> None:
         self.driver = StandInDriver(eager=eager)
         self.tiny = tiny
-        library = Library("tensorrt-rtx", StandInLibrary(self.driver))
+        rtx = backend == "tensorrt-rtx"
+        library = Library(backend, (StandInLibrary if rtx else StandInTensorRT)(self.driver))
         bundle = tiny.bundle
         symbols = bound_symbols(bundle.manifest.config, VideoLimits(most, most, 97, 5))
+        buckets = bundle.manifest.config["transformer"]["token_buckets"]
+        profiles = [symbols] if rtx else [bucket_symbols(symbols, share) for share in buckets]
         plans = {}
         for name in COMPONENTS:
             graph = bundle.graph(name, "fp32")
-            specs = (*graph.inputs, *graph.weights)
-            profile = {spec.name: bound_tensor(spec, symbols) for spec in specs}
-            plan = make_plan(bundle.graph_path(name, "fp32"), [profile])
-            plans[name] = Plan(graph, plan, name)
+            bounds = Request((), profiles).bound(graph)
+            plans[name] = Plan(graph, make_plan(bundle.graph_path(name, "fp32"), bounds), name)
         budget = 0 if stream_weights else None
         gpu = Gpu(self.driver)
         self.device = FourLayers(gpu, library, bundle, "fp32", plans, b"cubin 86", budget)
@@ -115,14 +122,16 @@ class Setup:
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("stream_weights", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_run_on_a_gpu_is_the_run_on_the_cpu(tiny, policy, stream_weights, eager) -> None:
-    setup = Setup(tiny, stream_weights, eager)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_on_a_gpu_is_the_run_on_the_cpu(tiny, backend, policy, stream_weights, eager) -> None:
+    setup = Setup(tiny, stream_weights, eager, backend=backend)
     video = setup.generate(setup.passes, POLICIES[policy](), TWO_WINDOWS)
     expected = setup.generate(setup.host, POLICIES[policy](), TWO_WINDOWS)
     assert setup.driver.faults == []
     np.testing.assert_allclose(video.latents, expected.latents, atol=2e-5)
     np.testing.assert_array_equal(video.trace.mode, expected.trace.mode)
     np.testing.assert_array_equal(video.trace.bucket, expected.trace.bucket)
+    assert policy == "none" or video.trace.count()["reuse"] > 0
     assert (setup.driver.replays > 0) != stream_weights
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the runtime of `tensorrt_rtx` that computes with ONNX Runtime.
+"""Stand-ins for the runtimes of `tensorrt` and `tensorrt_rtx` that compute with ONNX Runtime.
 
 An engine's bytes are a JSON that names the ONNX file, the GPU it is for, and its profiles. Work is
 put on the streams of `StandInDriver`, with the addresses and shapes of the moment it was enqueued;
@@ -33,8 +33,8 @@ def make_plan(path, profiles, capability=86, version=VERSION):
     return json.dumps(value).encode()
 
 
-class StandInLibrary:
-    """The module: what `Library` and `DeviceEngine` use of it."""
+class StandInTensorRT:
+    """The module `tensorrt`: what `Library` and `DeviceEngine` use of it."""
 
     __version__ = VERSION
 
@@ -45,20 +45,28 @@ class StandInLibrary:
             pass
 
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
-    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
-    ComputeCapability = SimpleNamespace(__members__={"NONE": 0, "SM86": 86})
     INetworkDefinition = SimpleNamespace(add_attention=None)
 
     def __init__(self, driver):
         self.driver = driver
 
     def Runtime(self, log):
-        return StandInRuntime(self.driver, log)
+        return StandInRuntime(self.driver, log, StandInEngine)
+
+
+class StandInLibrary(StandInTensorRT):
+    """The module `tensorrt_rtx`, which has more."""
+
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
+    ComputeCapability = SimpleNamespace(__members__={"NONE": 0, "SM86": 86})
+
+    def Runtime(self, log):
+        return StandInRuntime(self.driver, log, StandInRtxEngine)
 
 
 class StandInRuntime:
-    def __init__(self, driver, log):
-        self.driver, self.log = driver, log
+    def __init__(self, driver, log, engine):
+        self.driver, self.log, self.engine = driver, log, engine
 
     def deserialize_cuda_engine(self, plan):
         major, minor = self.driver.capability
@@ -70,7 +78,7 @@ class StandInRuntime:
         if value["version"] != VERSION or value["sm"] != 10 * major + minor:
             self.log.log(1, f"the plan is of {value['version']} for SM{value['sm']}")
             return None
-        return StandInEngine(self.driver, self.log, value)
+        return self.engine(self.driver, self.log, value)
 
 
 class StandInEngine:
@@ -91,16 +99,22 @@ class StandInEngine:
     def get_tensor_profile_shape(self, name, number):
         return self.profiles[number][name]
 
+    def create_execution_context(self, strategy):
+        assert strategy == 2
+        return StandInContext(self)
+
+
+class StandInRtxEngine(StandInEngine):
     def create_runtime_config(self):
         return StandInConfig()
 
     def create_execution_context(self, config):
-        assert config.strategy == 2
-        return StandInContext(self)
+        assert (config.strategy, config.dynamic_shapes_kernel_specialization_strategy) == (2, 1)
+        return StandInRtxContext(self)
 
 
 class StandInConfig:
-    strategy = None
+    strategy, dynamic_shapes_kernel_specialization_strategy = None, None
 
     def set_execution_context_allocation_strategy(self, strategy):
         self.strategy = strategy
@@ -164,9 +178,6 @@ class StandInContext:
                     sizes[letter] = size // int(factor or 1)
         return tuple(resolve(size, sizes) for size in self.engine.outputs[name].shape)
 
-    def is_stream_capturable(self, stream):
-        return True
-
     def execute_async_v3(self, handle):
         missing = set(self.engine.names) - set(self.addresses)
         (stream,) = (each for each in self.driver.streams if int(each) == handle)
@@ -189,6 +200,11 @@ class StandInContext:
             compute(context, shapes, addresses, scratch)
 
         self.driver.put(stream, work)
+        return True
+
+
+class StandInRtxContext(StandInContext):
+    def is_stream_capturable(self, stream):
         return True
 
 
