@@ -75,7 +75,8 @@ _MEGABYTE = 2**20
 @click.option(
     "--buckets",
     metavar="X,X",
-    help="Shares of a chunk's tokens with a profile each; tensorrt alone.",
+    help="Shares of a chunk's tokens with a profile each; tensorrt alone. Default: the bundle's, "
+    "each of which generation needs.",
 )
 @click.option(
     "--partition",

@@ -11,11 +11,17 @@ __all__ = ["Place", "choose_engine", "read_plan"]
 import hashlib
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mc_engines.building.bounds import Shape, VideoLimits, bound_symbols, fits
+from mc_engines.building.bounds import (
+    Shape,
+    VideoLimits,
+    bound_symbols,
+    bucket_symbols,
+    fits,
+)
 from mc_engines.building.compile import Request, name_targets
 from mc_engines.building.library import Backend
 from mc_engines.building.partition import Part, graph_hash, graph_of
@@ -92,10 +98,7 @@ def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:
         BundleError: The bundle is damaged, or lacks the graph.
         ValueError: The sizes are none of a video.
     """
-    graph = graph_of(store.bundle, part, place.form)
-    symbols = bound_symbols(store.bundle.manifest.config, place.limits)
-    (needed,) = Request((), [symbols]).bound(graph)
-    largest = {name: most for name, (_, _, most) in needed.items()}
+    passes = _list_passes(store, part, place)
     expected = graph_hash(store.bundle, part, place.form)
     found = [each for each in store.read()[0] if (each.part, each.form) == (part, place.form)]
     # In the order in which an engine could be nearer to what is needed: what differs first is told.
@@ -107,7 +110,7 @@ def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:
             lambda each: f"one for {name_targets(each.targets)}",
         ),
         (lambda each: each.graph == expected, lambda each: "one of another graph"),
-        (lambda each: _covers(each, largest), lambda each: _tell_sizes(each, largest)),
+        (lambda each: _covers(each, passes), lambda each: _tell_sizes(each, passes)),
         (store.is_whole, lambda each: f"a file that has not its {each.size:,} bytes"),
     ]
     for is_met, tell in tests:
@@ -158,12 +161,25 @@ def _say_if_left_out(part: Part, place: Place, sidecars: list[Sidecar]) -> None:
             )
 
 
-def _covers(sidecar: Sidecar, largest: Mapping[str, Shape]) -> bool:
-    """Say whether one profile takes all inputs at their largest."""
-    return any(
-        all(_takes(profile, name, shape) for name, shape in largest.items())
-        for profile in sidecar.profiles
+def _list_passes(store: EngineStore, part: Part, place: Place) -> list[dict[str, Shape]]:
+    """The largest shapes of inputs for all tokens of a chunk, and for every bucket of them."""
+    config = store.bundle.manifest.config
+    symbols = bound_symbols(config, place.limits)
+    shares = sorted({1.0, *config["transformer"]["token_buckets"]}, reverse=True)
+    request = Request((), [bucket_symbols(symbols, share) for share in shares])
+    bounds = request.bound(graph_of(store.bundle, part, place.form))
+    return [{name: most for name, (_, _, most) in shapes.items()} for shapes in bounds]
+
+
+def _covers(sidecar: Sidecar, passes: Sequence[Mapping[str, Shape]]) -> bool:
+    """Say whether every pass has a profile that takes all its inputs."""
+    return all(
+        any(_takes_all(profile, shapes) for profile in sidecar.profiles) for shapes in passes
     )
+
+
+def _takes_all(profile: Mapping[str, Any], shapes: Mapping[str, Shape]) -> bool:
+    return all(_takes(profile, name, shape) for name, shape in shapes.items())
 
 
 def _takes(profile: Mapping[str, Any], name: str, shape: Shape) -> bool:
@@ -171,14 +187,22 @@ def _takes(profile: Mapping[str, Any], name: str, shape: Shape) -> bool:
     return fits(shape, least, most)
 
 
-def _tell_sizes(sidecar: Sidecar, largest: Mapping[str, Shape]) -> str:
-    for name, shape in largest.items():
-        if not any(_takes(profile, name, shape) for profile in sidecar.profiles):
-            least, _, most = max(
-                (profile[name] for profile in sidecar.profiles), key=lambda bounds: bounds[2]
-            )
-            return f"one that takes '{name}' from {tuple(least)} up to {tuple(most)}, not {shape}"
+def _tell_sizes(sidecar: Sidecar, passes: Sequence[Mapping[str, Shape]]) -> str:
+    """Name the first input that no profile takes, and the nearest profile."""
+    for shapes in passes:
+        for name, shape in shapes.items():
+            bounds = [profile[name] for profile in sidecar.profiles]
+            if not any(fits(shape, least, most) for least, _, most in bounds):
+                larger = [each for each in bounds if _most(each) >= list(shape)]
+                least, _, most = min(larger, default=max(bounds, key=_most), key=_most)
+                return (
+                    f"one that takes '{name}' from {tuple(least)} up to {tuple(most)}, not {shape}"
+                )
     return "one whose profiles take no pass at its largest"
+
+
+def _most(bounds: Sequence[Sequence[int]]) -> list[int]:
+    return list(bounds[2])
 
 
 def _volume(sidecar: Sidecar) -> tuple[int, str]:

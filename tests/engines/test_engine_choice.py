@@ -124,6 +124,9 @@ def test_a_profile_that_is_too_small_names_the_tensor_and_both_sizes(store) -> N
     assert f"got one that takes 'k_cache' {sizes}. Run: " in refusal(store)
 
 
+BUCKETS = 1.0, 0.75, 0.5, 0.4, 0.25  # of the bundle: what passes are padded to
+
+
 def test_a_profile_for_a_whole_pass_is_among_those_of_buckets(store) -> None:
     quarter = add(store, make(store, shares=(0.5, 0.25)))
     assert "got one that takes 'x' from (1, 60, 64) up to (1, 60, 64), not (1, 120, 64)" in refusal(
@@ -131,8 +134,21 @@ def test_a_profile_for_a_whole_pass_is_among_those_of_buckets(store) -> None:
     )
     add(store, make(store, replace(HERE, limits=VideoLimits(128, 96, 97, 5)), shares=(1.0,)))
     assert "got one that takes 'x' from (1, 240, 64) up to (1, 240, 64)" in refusal(store)
-    whole = add(store, make(store, shares=(1.0, 0.25), targets=(86,)))
+    whole = add(store, make(store, shares=BUCKETS, targets=(86,)))
     assert choose_engine(store, BLOCK, HERE).file == whole.file != quarter.file
+
+
+@pytest.mark.parametrize(
+    ("shares", "nearest", "missing"),
+    [((1.0, 0.5), 120, 90), ((1.0, 0.75, 0.5), 60, 48), ((1.0, 0.75, 0.5, 0.4), 48, 30)],
+)
+def test_every_bucket_of_the_bundle_has_a_profile(store, shares, nearest, missing) -> None:
+    add(store, make(store, shares=shares))
+    sizes = f"from (1, {nearest}, 64) up to (1, {nearest}, 64), not (1, {missing}, 64)"
+    assert refusal(store).endswith(f"got one that takes 'x' {sizes}. {command(store)}")
+    assert "--buckets" not in command(store)  # so that it builds those of the bundle
+    more = add(store, make(store, shares=(*BUCKETS, 0.1), targets=(86,)))
+    assert choose_engine(store, BLOCK, HERE).file == more.file
 
 
 def test_an_engine_without_its_end_is_refused(store) -> None:
