@@ -67,7 +67,7 @@ class Stage:
 
 _STAGES = (
     Stage(2_200, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
-    Stage(4_800, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
+    Stage(5_200, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
     Stage(float("inf"), ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
 )
 _SAVE_EVERY = 180  # seconds
@@ -201,14 +201,15 @@ def cut_into_tokens(pixels: Tensor) -> Tensor:
 def weigh_errors(near: Tensor, sigma: Tensor) -> Tensor:
     """Return weights of mean 1 by which objects, a tenth of the picture, count as much as the rest.
 
-    Where the noise hides the place of an object (above 0.98) all count alike: the weighted mean of
-    what may be there would show it everywhere.
+    Where the noise hides the place of an object in every frame (above 0.98) all count alike: the
+    weighted mean of what may be there would show it everywhere.
 
     Args:
         near: Latents near an object, shape (B, levels, frames, h, w), bool.
         sigma: Noise levels, shape (B, levels).
     """
-    excess = (_OVERWEIGHT - 1) * ((0.98 - sigma) / 0.06).clamp(0, 1)[..., None, None, None]
+    clearest = sigma.amin(dim=1)[:, None, None, None, None]
+    excess = (_OVERWEIGHT - 1) * ((0.98 - clearest) / 0.06).clamp(0, 1)
     weights = 1 + excess * near
     return weights / weights.mean()
 

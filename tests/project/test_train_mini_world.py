@@ -222,11 +222,14 @@ def test_levels_are_those_of_the_sampler() -> None:
 
 
 def test_half_of_the_chunks_are_led_by_a_frame_with_less_noise() -> None:
-    sigma = np.full((1000, 1), 0.9)
+    sigma = np.full((1000, 1), 0.5)
     levels = forcing.draw_led_levels(np.random.default_rng(0), sigma)
-    np.testing.assert_array_equal(levels[:, 1:], np.full((1000, 4), 0.9))
-    assert 0.45 < (levels[:, 0] < 0.9).mean() < 0.55
-    assert 0.09 <= levels.min() < 0.12
+    led = levels[:, 1] > 0.5
+    assert 450 < led.sum() < 550
+    np.testing.assert_array_equal(levels[~led], 0.5)
+    np.testing.assert_array_equal(levels[led, 1:], levels[led, 1:2].repeat(4, axis=1))
+    assert 0.93 < levels[led, 1:].min() < 0.95 and 0.99 < levels[led, 1:].max() < 1
+    assert (levels[led, 0] < levels[led, 1]).all() and levels[led, 0].min() < 0.2
 
 
 @pytest.mark.parametrize(
