@@ -200,6 +200,7 @@ def _generate(
             if frames is not None:
                 video[:, frames] = finished.latents[:, -(frames.stop - frames.start) :]
                 yield output.emit(video[:, frames].copy(), finished.computed)
+        del window  # its keys and activations make room for those of the next
 
 
 def _new_frames(cut: WindowPlan, size: int) -> dict[int, slice]:

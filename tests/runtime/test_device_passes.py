@@ -4,6 +4,7 @@ What is shown is the control flow: order, addresses, events, recorded graphs, st
 engine was executed by TensorRT here. Each planted fault has to be noticed.
 """
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -164,6 +165,30 @@ def test_nothing_of_a_finished_window_stays_on_the_gpu(tiny) -> None:
     used = setup.driver.total - setup.driver.cuMemGetInfo()[1]
     setup.generate(setup.passes, "none")
     assert setup.driver.total - setup.driver.cuMemGetInfo()[1] == used
+
+
+def test_a_window_takes_the_place_of_the_one_before(tiny) -> None:
+    peaks = []
+    for options in (OPTIONS, TWO_WINDOWS):
+        setup = Setup(tiny)
+        setup.generate(setup.passes, "none", options)
+        peaks.append(setup.driver.peak)
+    assert peaks[0] == peaks[1]
+
+
+def test_a_window_is_forgotten_on_the_cpu_as_well(tiny) -> None:
+    alive, opened = [], []
+
+    class Watching(HostPasses):
+        def open_branch(self, context, angles):
+            alive.append(sum(branch() is not None for branch in opened))
+            branch = super().open_branch(context, angles)
+            opened.append(weakref.ref(branch))
+            return branch
+
+    setup = Setup(tiny)
+    setup.generate(Watching(setup.host.transformer), "none", TWO_WINDOWS)
+    assert alive == [0, 1, 0, 1]  # two branches in each window
 
 
 def test_two_generations_at_once_do_not_meet(tiny) -> None:

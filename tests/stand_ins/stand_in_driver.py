@@ -70,7 +70,7 @@ class StandInDriver:
         self.blocks, self.starts, self.next = {}, [], 1 << 40
         self.hosts, self.streams, self.faults = {}, [], []
         self.kernels = {"move_rows": self.move_rows}
-        self.launches, self.replays, self.waits = 0, 0, 0
+        self.launches, self.replays, self.waits, self.peak = 0, 0, 0, 0
         self.lock = threading.RLock()  # memory is given back by any thread
 
     # Devices and errors
@@ -118,6 +118,7 @@ class StandInDriver:
         address, self.next = self.next, self.next + (size // 256 + 2) * 256
         self.blocks[address] = np.full(size, 0xFF, np.uint8)
         self.starts.append(address)
+        self.peak = max(self.peak, sum(map(len, self.blocks.values())))
         return OK, address
 
     def cuMemFree(self, address):
