@@ -6,7 +6,7 @@ the sizes that it was made for, and stands for the graph that it was made of.
 Neighbours: `EngineStore` keeps engines, `mc-build` makes them.
 """
 
-__all__ = ["Place", "choose_engine", "read_plan"]
+__all__ = ["Hindrance", "Place", "choose_engine", "find_hindrance", "read_plan"]
 
 import hashlib
 import math
@@ -29,6 +29,8 @@ from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.errors import EngineError
 from mc_engines.specs import Precision
 
+_Test = tuple[Callable[[Sidecar], bool], Callable[[Sidecar], str]]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -40,7 +42,6 @@ class Place:
         capability: Compute capability of the GPU, as 86 for 8.6.
         form: Precision of the graphs.
         limits: The largest video.
-        group: Blocks in one engine; None: one engine for all.
     """
 
     backend: Backend
@@ -48,7 +49,6 @@ class Place:
     capability: int
     form: Precision
     limits: VideoLimits
-    group: int | None = None
 
     @property
     def name(self) -> str:
@@ -74,8 +74,6 @@ class Place:
             "max-frames": self.limits.max_frames,
             "causal-block-size": self.limits.chunk_frames,
         }
-        if self.group is not None:
-            options["partition"] = f"baked:{self.group}"
         if store.folder is not None:
             options["engines"] = store.folder
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -98,11 +96,58 @@ def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:
         BundleError: The bundle is damaged, or lacks the graph.
         ValueError: The sizes are none of a video.
     """
-    passes = _list_passes(store, part, place)
-    expected = graph_hash(store.bundle, part, place.form)
     found = [each for each in store.read()[0] if (each.part, each.form) == (part, place.form)]
+    for is_met, tell in _list_tests(store, part, place):
+        left = [each for each in found if is_met(each)]
+        if not left:
+            _say_if_left_out(part, place, found)
+            _refuse(store, part, place, tell(max(found, key=_volume)) if found else "none")
+        found = left
+    return min(found, key=_volume)
+
+
+@dataclass(frozen=True)
+class Hindrance:
+    """Why an engine cannot run at a place.
+
+    Attributes:
+        text: What it is, such as `one for SM89`.
+        is_final: No build can help.
+    """
+
+    text: str
+    is_final: bool = False
+
+
+def find_hindrance(store: EngineStore, sidecar: Sidecar, place: Place) -> Hindrance | None:
+    """Hold one engine against what `choose_engine` asks for.
+
+    Args:
+        store: Has it.
+        sidecar: Of the engine.
+        place: Where it is to run; its precision has to be that of the engine.
+
+    Returns:
+        What is met first that is not as it should be; None where the engine can run.
+
+    Raises:
+        BundleError: The bundle lacks its graph.
+        ValueError: The sizes are none of a video.
+    """
+    reason = sidecar.left_out.get(str(place.capability))
+    for is_met, tell in _list_tests(store, sidecar.part, place):
+        if not is_met(sidecar):
+            if reason is not None and sidecar.version == place.version:
+                return Hindrance(f"it cannot be built for this GPU: {reason}", True)
+            return Hindrance(tell(sidecar))
+    return None
+
+
+def _list_tests(store: EngineStore, part: Part, place: Place) -> list[_Test]:
+    """Tell what an engine has to be, and what is said of one that is not."""
     # In the order in which an engine could be nearer to what is needed: what differs first is told.
-    tests: list[tuple[Callable[[Sidecar], bool], Callable[[Sidecar], str]]] = [
+    passes, expected = _list_passes(store, part, place), graph_hash(store.bundle, part, place.form)
+    return [
         (lambda each: each.backend == place.backend, lambda each: f"one of {each.backend}"),
         (lambda each: each.version == place.version, lambda each: f"one of version {each.version}"),
         (
@@ -113,13 +158,6 @@ def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:
         (lambda each: _covers(each, passes), lambda each: _tell_sizes(each, passes)),
         (store.is_whole, lambda each: f"a file that has not its {each.size:,} bytes"),
     ]
-    for is_met, tell in tests:
-        left = [each for each in found if is_met(each)]
-        if not left:
-            _say_if_left_out(part, place, found)
-            _refuse(store, part, place, tell(max(found, key=_volume)) if found else "none")
-        found = left
-    return min(found, key=_volume)
 
 
 def read_plan(store: EngineStore, sidecar: Sidecar, place: Place) -> bytes:

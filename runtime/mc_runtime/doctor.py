@@ -5,24 +5,30 @@
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
+from mc_engines.building.bounds import VideoLimits
 from mc_engines.building.library import BACKENDS, Backend, open_library
+from mc_engines.building.partition import Part
 from mc_engines.building.store import EngineStore, Sidecar
-from mc_engines.bundle import Bundle
 from mc_engines.device.cuda import Gpu, open_gpu
+from mc_engines.engine_choice import Place, choose_engine, find_hindrance
 from mc_engines.errors import BundleError, EngineError, MissingExtraError
 from mc_engines.specs import PRECISIONS
 from mc_runtime.device_passes import ON_DEVICE
+from mc_runtime.flags import choose_options, limit_video
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.versions import find_version
 
 State = Literal["good", "absent", "bad"]
 _CPU_PACKAGES = "onnxruntime", "onnxruntime-gpu"
 _PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+_FIRST_WITH_BF16 = 80  # compute capability
 _MEGABYTE = 10**6
 
 
@@ -68,15 +74,24 @@ class Diagnosis:
         return {"good": self.is_good, "can_generate": self.can_generate, "findings": findings}
 
 
-def examine(bundle: Path | None = None, engines: Path | None = None) -> Diagnosis:
+def examine(
+    bundle: Path | None = None,
+    engines: Path | None = None,
+    sizes: Mapping[str, Any] = MappingProxyType({}),
+) -> Diagnosis:
     """Look at the libraries, the GPU, and the engines of a bundle.
 
     Args:
         bundle: Whose engines are looked at; None: libraries and GPU alone.
         engines: Folder of engines, if they are not in the bundle.
+        sizes: Of the video that engines are to take, by field of `GenerationOptions`; others are
+            the model's.
 
     Returns:
         What was found.
+
+    Raises:
+        ValueError: The sizes are none of a video.
     """
     findings = [_examine_onnxruntime(), *_examine_plugins()]
     gpu, finding = _examine_gpu()
@@ -87,24 +102,23 @@ def examine(bundle: Path | None = None, engines: Path | None = None) -> Diagnosi
         findings.append(finding)
         if finding.state == "good":
             versions[backend] = finding.detail
-    opened = None
+    pipeline = None
     if bundle is not None:
-        opened, finding = _open_bundle(bundle)
+        pipeline, finding = _open_bundle(bundle)
         findings.append(finding)
-    can = {"cpu": findings[0].state == "good" and (bundle is None or opened is not None)}
+    can = {"cpu": findings[0].state == "good" and (bundle is None or pipeline is not None)}
     for backend in BACKENDS:
         can[backend] = can["cpu"] and gpu is not None and backend in versions
-    if opened is not None:
-        engine_findings = list(_examine_engines(opened, engines, gpu, versions))
-        findings += [finding for _, finding in engine_findings]
-        for backend in BACKENDS:
-            here = {
-                (sidecar.form, sidecar.component)
-                for sidecar, finding in engine_findings
-                if sidecar is not None and sidecar.backend == backend and finding.state == "good"
-            }
-            complete = any({(form, name) for name in ON_DEVICE} <= here for form in PRECISIONS)
-            can[backend] = can[backend] and complete
+    if pipeline is not None:
+        store = EngineStore(pipeline.bundle, engines)
+        limits = limit_video(choose_options(pipeline, sizes))
+        findings += _examine_engines(store, limits, gpu, versions)
+        if gpu is not None:
+            for backend, version in versions.items():
+                place = Place(backend, version, gpu.capability, "bf16", limits)
+                finding = _examine_set(store, place)
+                findings.append(finding)
+                can[backend] = can[backend] and finding.state == "good"
     return Diagnosis(tuple(findings), can)
 
 
@@ -162,43 +176,78 @@ def _examine_library(backend: Backend) -> Finding:
         return Finding(backend, "bad", f"cannot be imported: {error}", "install it again")
 
 
-def _open_bundle(path: Path) -> tuple[Bundle | None, Finding]:
+def _open_bundle(path: Path) -> tuple[VideoPipeline | None, Finding]:
     try:
-        return Bundle.open(path), Finding(str(path), "good", "a whole bundle")
-    except BundleError as error:
+        return VideoPipeline.from_bundle(path), Finding(str(path), "good", "a whole bundle")
+    except (BundleError, ValueError) as error:
         return None, Finding(str(path), "bad", str(error), "export it again")
 
 
 def _examine_engines(
-    bundle: Bundle, folder: Path | None, gpu: Gpu | None, versions: dict[Backend, str]
-) -> Iterator[tuple[Sidecar | None, Finding]]:
-    """Say of each engine whether it can run here; its sidecar comes with it if it has one."""
-    store = EngineStore(bundle, folder)
+    store: EngineStore, limits: VideoLimits, gpu: Gpu | None, versions: Mapping[Backend, str]
+) -> Iterator[Finding]:
+    """Say of each engine whether it can run here."""
     sidecars, damaged = store.read()
     for name in damaged:
-        yield None, Finding(str(name), "bad", "a damaged engine", "mc-build --clean")
+        yield Finding(str(name), "bad", "a damaged engine", "mc-build --clean")
     for sidecar in sidecars:
         name = f"{sidecar.part.name}.{sidecar.form}"
-        reason = _find_hindrance(store, sidecar, gpu, versions)
+        hindrance, advice = _find_hindrance(store, sidecar, limits, gpu, versions)
         targets = ", ".join(f"SM{target}" for target in sidecar.targets)
         detail = f"{sidecar.backend} {sidecar.version} for {targets}"
-        if reason:
-            yield sidecar, Finding(name, "absent", f"{detail}; {reason}", "mc-build")
+        if hindrance:
+            yield Finding(name, "absent", f"{detail}; {hindrance}", advice)
         else:
-            yield sidecar, Finding(name, "good", detail)
+            yield Finding(name, "good", detail)
 
 
 def _find_hindrance(
-    store: EngineStore, sidecar: Sidecar, gpu: Gpu | None, versions: dict[Backend, str]
-) -> str:
-    """Why an engine cannot run here; empty where it can."""
-    installed = next((v for name, v in versions.items() if name == sidecar.backend), None)
+    store: EngineStore,
+    sidecar: Sidecar,
+    limits: VideoLimits,
+    gpu: Gpu | None,
+    versions: Mapping[Backend, str],
+) -> tuple[str, str]:
+    """Why an engine cannot run here, and what helps; both are empty where it can."""
+    if sidecar.layers:
+        return "a group of layers, which mc-generate does not run", ""
+    backend = next((name for name in versions if name == sidecar.backend), None)
     if gpu is None:
-        return "there is no GPU"
-    if installed != sidecar.version:
-        return f"{sidecar.backend} {installed or 'is not installed'} is here"
-    if gpu.capability not in sidecar.targets:
-        return f"the GPU is SM{gpu.capability}"
-    if not store.is_whole(sidecar):
-        return "the file is not whole"
-    return ""
+        return "there is no GPU", ""
+    if backend is None:
+        return f"{sidecar.backend} is not installed here", ""
+    form = next(each for each in PRECISIONS if each == sidecar.form)
+    place = Place(backend, versions[backend], gpu.capability, form, limits)
+    try:
+        hindrance = find_hindrance(store, sidecar, place)
+    except BundleError as error:
+        return str(error), "mc-build --clean"
+    if hindrance is None:
+        return "", ""
+    text = f"needed is one of {place.name}"
+    advice = "it runs in ONNX Runtime" if hindrance.is_final else place.build_command(store)
+    return f"{text}, got {hindrance.text}", advice
+
+
+def _examine_set(store: EngineStore, place: Place) -> Finding:
+    """Say whether there is every engine without which a GPU cannot generate, in some precision."""
+    wanted = "fp16" if place.capability < _FIRST_WITH_BF16 else "bf16"
+    forms = sorted(PRECISIONS, key=lambda form: form != wanted)
+    missing = {form: _list_missing(store, replace(place, form=form)) for form in forms}
+    form = min(forms, key=lambda each: len(missing[each]))
+    limits, name = place.limits, f"{place.backend} engines"
+    video = f"{limits.max_frames} frames of {limits.height} x {limits.width} in {form}"
+    if not missing[form]:
+        return Finding(name, "good", f"all for {video}")
+    command = replace(place, form=form).build_command(store)
+    return Finding(name, "absent", f"{', '.join(missing[form])} missing for {video}", command)
+
+
+def _list_missing(store: EngineStore, place: Place) -> list[str]:
+    missing = []
+    for name in ON_DEVICE:
+        try:
+            choose_engine(store, Part(name), place)
+        except (BundleError, EngineError):
+            missing.append(name)
+    return missing

@@ -25,7 +25,7 @@ from mc_engines.command import FAILURE, command
 from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
-from mc_runtime.doctor import examine
+from mc_runtime.doctor import Diagnosis, examine
 from mc_runtime.flags import FILE, INPUT, choose_options, setting_options
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.overlay import write_overlay
@@ -43,12 +43,15 @@ _SETTINGS = {
     "flow_shift": "Of the noise levels, towards noise.",
     "sigma_table": "Whose noise levels.",
     "fps": "Frames per second.",
-    "num_frames": "Of the video; for a policy that decides row by row.",
+    "height": "Pixels of the video, for --doctor.",
+    "width": "Pixels of the video, for --doctor.",
+    "num_frames": "Of the video; for a policy that decides row by row, and for --doctor.",
     "ar_step": "Steps a chunk lags behind the one before; as above.",
     "causal_block_size": "Latent frames of a chunk; as above.",
     "base_num_frames": "Frames of a window; as above.",
     "overlap_history": "Frames that a window takes over; as above.",
 }
+_SIZES = "height", "width", "num_frames", "causal_block_size", "base_num_frames"  # for engines
 
 
 @command("mc-inspect")
@@ -99,7 +102,9 @@ def main(
     if bundle is not None and verify:
         _verify(bundle, as_json)
     if doctor:
-        ctx.exit(0 if _show_diagnosis(bundle, engines, as_json, quiet) else FAILURE)
+        diagnosis = examine(bundle, engines, {name: values[name] for name in _SIZES})
+        _show_diagnosis(diagnosis, as_json, quiet)
+        ctx.exit(0 if diagnosis.is_good else FAILURE)
     if trace is not None:
         _show_trace(trace, bundle, as_json, quiet, **{name: values[name] for name in _DRAWING})
     elif bundle is not None and policy is not None:
@@ -136,9 +141,10 @@ def _check_usage(ctx: click.Context) -> None:
     if {"trace", "policy"} <= given:
         raise click.UsageError("--policy looks ahead, --trace back. Leave one of them out.")
     flags = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    settings = [name for name in _SETTINGS if "doctor" not in given or name not in _SIZES]
     for needed, names in (
         ("trace", _DRAWING),
-        ("policy", ("policy_option", *_SETTINGS)),
+        ("policy", ("policy_option", *settings)),
         ("doctor", ("engines",)),
     ):
         alone = [flags[name] for name in names if name in given and needed not in given]
@@ -146,9 +152,7 @@ def _check_usage(ctx: click.Context) -> None:
             raise click.UsageError(f"{alone[0]}: expected with --{needed}, got it alone. Add it.")
 
 
-def _show_diagnosis(bundle: Path | None, engines: Path | None, as_json: bool, quiet: bool) -> bool:
-    """Examine the machine; return whether all is good."""
-    diagnosis = examine(bundle, engines)
+def _show_diagnosis(diagnosis: Diagnosis, as_json: bool, quiet: bool) -> None:
     if as_json:
         _print_json(diagnosis.to_json())
     elif not quiet:
@@ -158,7 +162,6 @@ def _show_diagnosis(bundle: Path | None, engines: Path | None, as_json: bool, qu
         _console().print(table)
         able = [name for name, can in diagnosis.can_generate.items() if can]
         click.echo(f"Videos can be generated with: {', '.join(able) or 'nothing'}.")
-    return diagnosis.is_good
 
 
 def _verify(bundle: Path, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from mc_engines.building.compile import Request
 from mc_engines.building.partition import Part, graph_hash, graph_of
 from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.bundle import Bundle
-from mc_engines.engine_choice import Place, choose_engine, read_plan
+from mc_engines.engine_choice import Place, choose_engine, find_hindrance, read_plan
 from mc_engines.errors import EngineError
 
 BLOCK = Part("block")
@@ -106,6 +106,29 @@ def test_what_differs_is_told_with_the_command_that_makes_another(store, changes
     assert refusal(store) == f"{expected}, got {got}. {command(store)}"
 
 
+@pytest.mark.parametrize(
+    ("changes", "text", "is_final"),
+    [
+        ({"version": "1.6.0.3"}, "one of version 1.6.0.3", False),
+        ({"targets": (89,)}, "one for SM89", False),
+        (
+            {"targets": (89,), "left_out": {"86": "No."}},
+            "it cannot be built for this GPU: No.",
+            True,
+        ),
+        ({"graph": "0" * 64}, "one of another graph", False),
+        ({"profiles": ({"x": ((1,), (1,), (1,))},)}, "one that takes 'x' from (1,) up to", False),
+    ],
+)
+def test_what_hinders_one_engine_is_what_choosing_tells(store, changes, text, is_final) -> None:
+    hindrance = find_hindrance(store, add(store, make(store, **changes)), HERE)
+    assert hindrance.text.startswith(text) and hindrance.is_final is is_final
+    whole = add(store, make(store))
+    assert find_hindrance(store, whole, HERE) is None
+    store.path(whole).unlink()
+    assert find_hindrance(store, whole, HERE).text == "a file that has not its 6 bytes"
+
+
 def test_none_is_there(store) -> None:
     add(store, make(store, form="fp16"))
     add(store, make(store, component="head"))
@@ -177,10 +200,10 @@ def test_what_cannot_be_built_here_is_for_onnx_runtime(store) -> None:
 
 def test_groups_of_layers_are_engines_of_their_own(store) -> None:
     add(store, make(store))
-    group, place = Part("block", (0, 1)), replace(HERE, group=2)
-    assert refusal(store, group, place).endswith(f"--partition baked:2 --engines '{store.folder}'")
-    added = add(store, make(store, place, group))
-    assert choose_engine(store, group, place).file == added.file
+    group = Part("block", (0, 1))
+    assert "block.00-01.bf16: expected an engine of " in refusal(store, group)
+    added = add(store, make(store, part=group))
+    assert choose_engine(store, group, HERE).file == added.file
     assert choose_engine(store, BLOCK, HERE).layers == ()
 
 

@@ -41,18 +41,27 @@ def engines(tiny_bundle: Path, tmp_path: Path) -> Path:
     return tmp_path / "engines"
 
 
+SIZES = {"height": 32, "width": 32}
+FLAGS = "--height", 32, "--width", 32
+
+
+def examine(bundle, engines):
+    return doctor.examine(bundle, engines, SIZES)
+
+
 def find(diagnosis, subject):
     (finding,) = (each for each in diagnosis.findings if each.subject == subject)
     return finding
 
 
 def test_a_machine_with_everything_can_generate_on_its_gpu(machine, tiny_bundle, engines):
-    diagnosis = doctor.examine(tiny_bundle, engines)
+    diagnosis = examine(tiny_bundle, engines)
     assert diagnosis.is_good
     assert diagnosis.can_generate == {"cpu": True, "tensorrt-rtx": True, "tensorrt": False}
     assert "compute capability 8.6, driver for CUDA 13.2" in find(diagnosis, "GPU").detail
     assert find(diagnosis, "tensorrt-rtx").detail == VERSION
     assert find(diagnosis, "block.fp32").state == "good"
+    assert find(diagnosis, "tensorrt-rtx engines").detail == "all for 97 frames of 32 x 32 in fp32"
 
 
 def test_without_a_driver_generation_runs_on_the_cpu(machine, monkeypatch, tiny_bundle, engines):
@@ -60,10 +69,11 @@ def test_without_a_driver_generation_runs_on_the_cpu(machine, monkeypatch, tiny_
         raise EngineError("GPU: expected an NVIDIA driver, got none.")
 
     monkeypatch.setattr(doctor, "open_gpu", refuse)
-    diagnosis = doctor.examine(tiny_bundle, engines)
+    diagnosis = examine(tiny_bundle, engines)
     assert diagnosis.is_good and diagnosis.can_generate["cpu"]
     assert not diagnosis.can_generate["tensorrt-rtx"]
     assert "there is no GPU" in find(diagnosis, "block.fp32").detail
+    assert not any("mc-build" in finding.advice for finding in diagnosis.findings)
 
 
 def test_both_packages_of_onnxruntime_are_a_fault(machine, monkeypatch):
@@ -85,15 +95,19 @@ def test_no_onnxruntime_is_a_fault_with_the_command_that_installs_it(machine, mo
 
 def test_engines_of_another_generation_cannot_run_here(machine, tiny_bundle, engines):
     machine.capability = (12, 0)
-    diagnosis = doctor.examine(tiny_bundle, engines)
-    assert "the GPU is SM120" in find(diagnosis, "head.fp32").detail
+    diagnosis = examine(tiny_bundle, engines)
+    finding = find(diagnosis, "head.fp32")
+    assert finding.detail.endswith(
+        f"needed is one of tensorrt-rtx {VERSION} for SM120, got one for SM86"
+    )
+    assert finding.advice == build_command(tiny_bundle, engines, 120)
     assert not diagnosis.can_generate["tensorrt-rtx"]
 
 
 def test_one_engine_too_few_and_generation_cannot_run(machine, tiny_bundle, engines):
     for path in engines.rglob("combine.*"):
         path.unlink()
-    diagnosis = doctor.examine(tiny_bundle, engines)
+    diagnosis = examine(tiny_bundle, engines)
     assert not diagnosis.can_generate["tensorrt-rtx"]
 
 
@@ -102,9 +116,56 @@ def test_an_engine_that_is_not_whole_and_a_damaged_sidecar_are_told(machine, tin
     plan.write_bytes(plan.read_bytes()[:-1])
     (sidecar,) = engines.rglob("embed.*.json")
     sidecar.write_text("{")
-    diagnosis = doctor.examine(tiny_bundle, engines)
-    assert "the file is not whole" in find(diagnosis, "head.fp32").detail
+    diagnosis = examine(tiny_bundle, engines)
+    assert "got a file that has not its " in find(diagnosis, "head.fp32").detail
+    missing = find(diagnosis, "tensorrt-rtx engines")
+    assert missing.detail == "embed, head missing for 97 frames of 32 x 32 in fp32"
+    assert missing.advice == build_command(tiny_bundle, engines)
     assert any(each.detail == "a damaged engine" for each in diagnosis.findings)
+
+
+def build_command(bundle: Path, engines: Path, sm: int = 86, side: int = 32) -> str:
+    return (
+        f"mc-build {bundle} --backend tensorrt-rtx --sm {sm} --dtype fp32 --height {side} --width "
+        f"{side} --max-frames 97 --causal-block-size 5 --engines {engines}"
+    )
+
+
+def rewrite(engines: Path, name: str, **changes) -> None:
+    (path,) = engines.rglob(f"{name}.*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "advised"),
+    [
+        ({"graph": "0" * 64}, "got one of another graph", True),
+        ({"version": "1.6.0.3"}, "got one of version 1.6.0.3", True),
+        ({"left_out": {"86": "No."}, "targets": [89]}, "cannot be built for this GPU: No.", False),
+        ({"layers": [0, 1]}, "a group of layers, which mc-generate does not run", False),
+        ({"backend": "tensorrt"}, "tensorrt is not installed here", False),
+    ],
+)
+def test_an_engine_is_held_against_what_generation_asks_for(
+    machine, tiny_bundle, engines, changes, said, advised
+):
+    rewrite(engines, "block", **changes)
+    diagnosis = examine(tiny_bundle, engines)
+    name = "block.00-01.fp32" if "layers" in changes else "block.fp32"
+    finding = find(diagnosis, name)
+    assert finding.state == "absent" and finding.detail.endswith(said)
+    assert (finding.advice == build_command(tiny_bundle, engines)) is advised
+    assert not diagnosis.can_generate["tensorrt-rtx"] and diagnosis.can_generate["cpu"]
+
+
+def test_engines_for_a_smaller_video_are_too_small(machine, tiny_bundle, engines):
+    shown = run("--doctor", tiny_bundle, "--engines", engines, "--json", "--height", 64, *FLAGS[2:])
+    value = json.loads(shown.output)
+    (finding,) = (each for each in value["findings"] if each["subject"] == "block.fp32")
+    assert "got one that takes 'x' from" in finding["detail"]
+    assert "--height 64 --width 32" in finding["advice"]
+    assert value["can_generate"]["tensorrt-rtx"] is False
+    run("--height", 64, tiny_bundle, code=2)
 
 
 def test_a_damaged_bundle_is_a_fault(machine, tmp_path):
@@ -119,7 +180,7 @@ def run(*arguments: object, code: int = 0):
 
 
 def test_the_command_prints_a_table_or_json(machine, tiny_bundle, engines):
-    shown = run("--doctor", tiny_bundle, "--engines", engines).output
+    shown = run("--doctor", tiny_bundle, "--engines", engines, *FLAGS).output
     assert shown.endswith("Videos can be generated with: cpu, tensorrt-rtx.\n")
     value = json.loads(run("--doctor", "--json").output)
     assert value["good"] and value["can_generate"]["cpu"]
