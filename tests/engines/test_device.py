@@ -167,6 +167,20 @@ def test_a_stream_is_not_recorded_any_more_after_a_failure(gpu):
     stream.synchronise()
 
 
+def test_what_is_forgotten_while_a_stream_is_recorded_is_given_back_afterwards(driver, gpu):
+    stream, before = gpu.open_stream(), driver.cuMemGetInfo()
+    forgotten = [gpu.allocate(1000, "room", ""), gpu.allocate(1000, "room", "")]
+
+    def forget():
+        forgotten.clear()
+        assert driver.cuMemGetInfo() != before
+
+    graph = stream.capture(forget)
+    assert driver.cuMemGetInfo() == before
+    stream.replay(graph)
+    stream.synchronise()
+
+
 def test_no_driver_is_an_error_that_says_what_to_do():
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (extra rtx)")
     if Path("/proc/driver/nvidia").exists():

@@ -400,6 +400,22 @@ def replay_another_chunks_graph(patch) -> None:
     patch(DevicePasses, "_run_blocks", confuse)
 
 
+def free_while_recording(patch) -> None:
+    capture = Stream.capture
+
+    def forget(self, work):
+        memory = [self.gpu.allocate(256, "a block", "")]
+
+        def forget_and_work():
+            memory.clear()
+            work()
+
+        return capture(self, forget_and_work)
+
+    patch(Stream, "capture", forget)
+    patch(Gpu, "_give_back", Gpu._free)  # at once
+
+
 def one_context_for_all_shapes(patch) -> None:
     context_for, first = Device.context_for, {}
 
@@ -500,6 +516,7 @@ RESIDENT = [
     use_pinned_memory_again_at_once,
     record_before_the_first_run,
     replay_another_chunks_graph,
+    free_while_recording,
     one_context_for_all_shapes,
     share_a_graph_between_branches,
     keep_an_old_residual,

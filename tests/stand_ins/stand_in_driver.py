@@ -25,6 +25,7 @@ class CUresult(IntEnum):
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
 
 
 OK = CUresult.CUDA_SUCCESS
@@ -37,6 +38,7 @@ class Fault(Exception):
 class StandInStream:
     def __init__(self, number):
         self.number, self.queue, self.done, self.captured = number, deque(), 0, None
+        self.thread, self.spoilt = None, False  # of a recording
 
     def __int__(self):
         return 1000 + self.number
@@ -123,6 +125,10 @@ class StandInDriver:
 
     def cuMemFree(self, address):
         for stream in self.streams:
+            if stream.captured is not None and stream.thread == threading.get_ident():
+                stream.spoilt = True
+                return (CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+        for stream in self.streams:
             self.drain(stream)
         del self.blocks[address]
         return (OK,)
@@ -202,11 +208,13 @@ class StandInDriver:
         return (OK,)
 
     def cuStreamBeginCapture(self, stream, mode):
-        stream.captured = []
+        stream.captured, stream.thread, stream.spoilt = [], threading.get_ident(), False
         return (OK,)
 
     def cuStreamEndCapture(self, stream):
         captured, stream.captured = stream.captured, None
+        if stream.spoilt:
+            return CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
         return OK, captured
 
     def cuGraphInstantiate(self, graph, flags):

@@ -5,14 +5,17 @@ Neighbours: `arrays` gives memory a dtype and a shape, `kernels` has the code th
 
 Work is put on a stream and done later. What it reads and writes has to live until the stream is
 synchronised; `Memory` is therefore given back only when nothing refers to it any more, which waits
-for the GPU (cuMemFree does).
+for the GPU (cuMemFree does). While work is recorded nothing is given back, since that would spoil
+the recording; it is afterwards.
 """
 
 __all__ = ["Event", "Gpu", "Graph", "HostMemory", "Kernel", "Memory", "Stream", "open_gpu"]
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +87,8 @@ class Gpu:
 
     def __init__(self, driver: Any, ordinal: int = 0) -> None:
         self._driver = driver
+        self._recording: set[Stream] = set()
+        self._unwanted: deque[tuple[str, Any]] = deque()
         try:
             self.call("cuInit", 0)
         except RuntimeError as error:  # cuda.bindings finds no driver library
@@ -186,8 +191,28 @@ class Gpu:
         return memory
 
     def _give_back(self, function: str, handle: Any) -> None:
+        """Free what is forgotten, or leave that to the end of a recording; any thread may come."""
+        self._unwanted.append((function, handle))
+        self._free_unwanted()
+
+    def _free_unwanted(self) -> None:
+        while self._unwanted and not self._recording:
+            with suppress(IndexError):  # another thread was faster
+                self._free(*self._unwanted.popleft())
+
+    def _free(self, function: str, handle: Any) -> None:
         self.use()
         getattr(self._driver, function)(handle)  # at the end of a process it may fail: no matter
+
+    @contextmanager
+    def nothing_freed(self, stream: "Stream") -> Generator[None]:
+        """While a stream records, put off giving back what is forgotten."""
+        self._recording.add(stream)
+        try:
+            yield
+        finally:
+            self._recording.discard(stream)
+            self._free_unwanted()
 
     def open_stream(self) -> "Stream":
         """Open a stream that waits for no other."""
@@ -314,6 +339,15 @@ class Stream:
         Raises:
             EngineError: The work cannot be recorded.
         """
+        with self.gpu.nothing_freed(self):
+            recorded = self._record_graph(work)
+        (handle,) = self.gpu.call("cuGraphInstantiate", recorded, 0)
+        self.gpu.call("cuGraphDestroy", recorded)
+        graph = Graph(handle)
+        weakref.finalize(graph, self.gpu._give_back, "cuGraphExecDestroy", handle)
+        return graph
+
+    def _record_graph(self, work: Callable[[], object]) -> Any:
         driver = self.gpu._driver
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.gpu.call("cuStreamBeginCapture", self.handle, mode)
@@ -323,11 +357,7 @@ class Stream:
             driver.cuStreamEndCapture(self.handle)  # gives up what was recorded
             raise
         (recorded,) = self.gpu.call("cuStreamEndCapture", self.handle)
-        (handle,) = self.gpu.call("cuGraphInstantiate", recorded, 0)
-        self.gpu.call("cuGraphDestroy", recorded)
-        graph = Graph(handle)
-        weakref.finalize(graph, self.gpu._give_back, "cuGraphExecDestroy", handle)
-        return graph
+        return recorded
 
     def replay(self, graph: Graph) -> None:
         """Do recorded work."""
