@@ -1,15 +1,17 @@
 """Where ONNX Runtime runs a graph: the CPU, or a GPU by CUDA or by the plug-in of TensorRT-RTX.
 
 ONNX Runtime falls back to the CPU without an error where a provider cannot be loaded; here that is
-one. Neighbours: `OnnxRuntimeRunner` makes its sessions with this.
+one. Neighbours: `OnnxRuntimeRunner` makes its sessions with this; `mc-inspect --doctor` tries each.
 """
 
-__all__ = ["PROVIDERS", "Provider", "create_session"]
+__all__ = ["PROVIDERS", "Provider", "create_session", "try_provider"]
 
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mc_engines.errors import EngineError, require
+import numpy as np
+
+from mc_engines.errors import EngineError, McError, require
 
 Provider = Literal["cpu", "cuda", "nv-tensorrt-rtx"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
@@ -19,14 +21,52 @@ _NAMES: dict[Provider, str] = {
     "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+# y = x + x, one float32 each: an ONNX file, as onnx is not installed where generation runs.
+_ADDITION = (
+    b'\x08\x08\x12\x00:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01'
+    b"\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
 _registered: set[str] = set()  # by name; a library can be registered once per process
 
 
-def create_session(path: Path, options: Any, provider: Provider) -> Any:
+def try_provider(provider: Provider) -> tuple[str, ...]:
+    """Run an addition on a provider.
+
+    Args:
+        provider: To be tried.
+
+    Returns:
+        The providers that were active, it first; ONNX Runtime gives it no other behind than the
+        CPU.
+
+    Raises:
+        McError: ONNX Runtime or the plug-in is not installed (MissingExtraError); it is not there,
+            cannot be loaded, or does not compute (EngineError).
+    """
+    options = require("onnxruntime", "cpu").SessionOptions()
+    options.log_severity_level = 3  # errors only: they are raised as well
+    try:
+        session = create_session(_ADDITION, options, provider)
+        (sum_,) = session.run(None, {"x": np.ones(1, np.float32)})
+    except McError:
+        raise
+    except Exception as error:  # ONNX Runtime's errors have no base of their own
+        raise EngineError(
+            f"onnxruntime: expected {_NAMES[provider]} to run, got: {error}. Use --backend cpu."
+        ) from error
+    if sum_.tolist() != [2.0]:
+        raise EngineError(
+            f"onnxruntime: expected 2 of 1 + 1 on {_NAMES[provider]}, got {sum_.tolist()}. "
+            "Use --backend cpu."
+        )
+    return tuple(session.get_providers())
+
+
+def create_session(graph: Path | bytes, options: Any, provider: Provider) -> Any:
     """Load a graph on a provider, and on no other.
 
     Args:
-        path: The ONNX file.
+        graph: The ONNX file, or its content.
         options: SessionOptions of ONNX Runtime.
         provider: That runs it; operators that it lacks run on the CPU.
 
@@ -38,9 +78,10 @@ def create_session(path: Path, options: Any, provider: Provider) -> Any:
         EngineError: The provider is not there, or is not the one that became active.
     """
     onnxruntime, name = require("onnxruntime", "cpu"), _NAMES[provider]
+    model = graph if isinstance(graph, bytes) else str(graph)
     if provider == "nv-tensorrt-rtx":
         _add_plugin(onnxruntime, options)
-        session = onnxruntime.InferenceSession(str(path), options)
+        session = onnxruntime.InferenceSession(model, options)
     else:
         if name not in onnxruntime.get_available_providers():
             raise EngineError(
@@ -48,11 +89,12 @@ def create_session(path: Path, options: Any, provider: Provider) -> Any:
                 "Run: pip uninstall onnxruntime; pip install 'motioncache[gpu]'"
             )
         providers = [name] if provider == "cpu" else [name, _NAMES["cpu"]]
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
     active = session.get_providers()
     if active[0] != name:
         raise EngineError(
-            f"{path.name}: expected {name}, got {active}: it could not be loaded. Run: "
+            f"{'onnxruntime' if isinstance(graph, bytes) else graph.name}: expected {name}, got "
+            f"{active}: it could not be loaded. Run: "
             "mc-inspect --doctor"
         )
     return session

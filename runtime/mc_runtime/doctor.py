@@ -1,6 +1,7 @@
 """What this machine has for generating videos, what is in the way, and the way out.
 
-`mc-inspect --doctor` prints it. Nothing is run but the question whether a driver is there.
+`mc-inspect --doctor` prints it. Nothing is run but the question whether a driver is there, and an
+addition on every provider of ONNX Runtime.
 """
 
 __all__ = ["Diagnosis", "Finding", "examine"]
@@ -19,15 +20,20 @@ from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.device.cuda import Gpu, open_gpu
 from mc_engines.engine_choice import Place, choose_engine, find_hindrance
 from mc_engines.errors import BundleError, EngineError, MissingExtraError
+from mc_engines.onnxruntime_providers import Provider, try_provider
 from mc_engines.specs import PRECISIONS
 from mc_runtime.device_passes import ON_DEVICE
-from mc_runtime.flags import choose_options, limit_video
+from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_options, limit_video
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.versions import find_version
 
 State = Literal["good", "absent", "bad"]
 _CPU_PACKAGES = "onnxruntime", "onnxruntime-gpu"
-_PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+_PACKAGES: dict[Provider, str] = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "nv-tensorrt-rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+}
 _FIRST_WITH_BF16 = 80  # compute capability
 _MEGABYTE = 10**6
 
@@ -93,9 +99,10 @@ def examine(
     Raises:
         ValueError: The sizes are none of a video.
     """
-    findings = [_examine_onnxruntime(), *_examine_plugins()]
     gpu, finding = _examine_gpu()
-    findings.append(finding)
+    findings = [_examine_onnxruntime(), finding]
+    providers = _examine_providers(gpu) if findings[0].state == "good" else {}
+    findings += providers.values()
     versions: dict[Backend, str] = {}
     for backend in BACKENDS:
         finding = _examine_library(backend)
@@ -106,7 +113,11 @@ def examine(
     if bundle is not None:
         pipeline, finding = _open_bundle(bundle)
         findings.append(finding)
-    can = {"cpu": findings[0].state == "good" and (bundle is None or pipeline is not None)}
+    there = bundle is None or pipeline is not None
+    can = {
+        backend: there and backend in providers and providers[backend].state == "good"
+        for backend in ONNXRUNTIME_BACKENDS
+    }
     for backend in BACKENDS:
         can[backend] = can["cpu"] and gpu is not None and backend in versions
     if pipeline is not None:
@@ -137,17 +148,28 @@ def _examine_onnxruntime() -> Finding:
         advice = "pip install 'motioncache[cpu]'"
         return Finding("onnxruntime", "bad", "not installed", advice)
     try:
-        providers = import_module("onnxruntime").get_available_providers()
+        import_module("onnxruntime")
     except Exception as error:  # a library that cannot be loaded fails in its own way
         return Finding("onnxruntime", "bad", f"cannot be imported: {error}", "install it again")
-    detail = f"{installed[0]} {found[installed[0]]}: {', '.join(providers)}"
-    return Finding("onnxruntime", "good", detail)
+    return Finding("onnxruntime", "good", f"{installed[0]} {found[installed[0]]}")
 
 
-def _examine_plugins() -> Iterator[Finding]:
-    version = find_version(_PLUGIN)
-    if version is not None:
-        yield Finding("plug-in", "good", f"{_PLUGIN} {version}")
+def _examine_providers(gpu: Gpu | None) -> dict[str, Finding]:
+    """Try every provider of ONNX Runtime: what was compiled in need not be active."""
+    findings = {}
+    for backend, provider in ONNXRUNTIME_BACKENDS.items():
+        package = _PACKAGES[provider]
+        version = find_version(package)
+        name = f"{package} {version}: " if version else ""
+        try:
+            active = ", ".join(try_provider(provider))
+            findings[backend] = Finding(backend, "good", f"{name}active are {active}")
+        except MissingExtraError as error:
+            findings[backend] = Finding(backend, "absent", "not installed", str(error))
+        except EngineError as error:
+            expected = provider == "cpu" or (version is not None and gpu is not None)
+            findings[backend] = Finding(backend, "bad" if expected else "absent", f"{name}{error}")
+    return findings
 
 
 def _examine_gpu() -> tuple[Gpu | None, Finding]:

@@ -7,6 +7,7 @@ taken from there, only the help is written here or by the command.
 __all__ = [
     "FILE",
     "INPUT",
+    "ONNXRUNTIME_BACKENDS",
     "choose_device",
     "choose_options",
     "choose_provider",
@@ -35,7 +36,7 @@ from mc_runtime.pipeline import VideoPipeline
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
 _CPU = "cpu"
-_PROVIDERS: dict[str, Provider] = {  # of ONNX Runtime, by backend
+ONNXRUNTIME_BACKENDS: dict[str, Provider] = {  # of ONNX Runtime, by backend
     _CPU: "cpu",
     "onnxruntime-cuda": "cuda",
     "onnxruntime-tensorrt-rtx": "nv-tensorrt-rtx",
@@ -117,7 +118,7 @@ def device_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 _DEVICE_FLAGS = (
     click.option(
         "--backend",
-        type=click.Choice((*_PROVIDERS, *BACKENDS)),
+        type=click.Choice((*ONNXRUNTIME_BACKENDS, *BACKENDS)),
         default=_CPU,
         show_default=True,
         help="What runs the model: ONNX Runtime, on the CPU or a GPU, or engines of mc-build.",
@@ -154,7 +155,7 @@ def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> Devi
     """
     names = "dtype", "engines", "max_vram", "device"
     given = [name for name in names if values[name] is not None]
-    if values["backend"] in _PROVIDERS:
+    if values["backend"] in ONNXRUNTIME_BACKENDS:
         if given:
             flag = given[0].replace("_", "-")
             raise click.UsageError(f"--{flag} is for engines. Add --backend {BACKENDS[0]}.")
@@ -178,7 +179,7 @@ def limit_video(options: GenerationOptions) -> VideoLimits:
 
 def choose_provider(values: Mapping[str, Any]) -> Provider:
     """Return what ONNX Runtime runs graphs on, from the flags of `device_flags`."""
-    return _PROVIDERS.get(values["backend"], "cpu")
+    return ONNXRUNTIME_BACKENDS.get(values["backend"], "cpu")
 
 
 def make_say(quiet: bool) -> Callable[[str], None]:

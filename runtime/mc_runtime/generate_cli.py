@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mc_engines.command import INTERRUPTED, command
 from mc_engines.errors import require
+from mc_engines.onnxruntime_providers import try_provider
 from mc_runtime.display import Display
 from mc_runtime.flags import (
     FILE,
@@ -132,6 +133,8 @@ def main(
     run = _prepare(pipeline, values, given, output, save_latents, trace)
     check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
     pipeline.provider = choose_provider(values)
+    if pipeline.provider != "cpu":
+        make_say(quiet)(f"In ONNX Runtime on: {', '.join(try_provider(pipeline.provider))}.")
     device = choose_device(values, run.options)
     if device is not None:
         pipeline.use_device(device)

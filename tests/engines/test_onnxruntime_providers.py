@@ -8,7 +8,7 @@ import pytest
 
 from mc_engines import onnxruntime_providers
 from mc_engines.errors import EngineError, MissingExtraError
-from mc_engines.onnxruntime_providers import create_session
+from mc_engines.onnxruntime_providers import create_session, try_provider
 
 CUDA, CPU, PLUGIN = (
     "CUDAExecutionProvider",
@@ -29,6 +29,9 @@ class Options:
 class OnnxRuntime:
     """The module: which providers there are, and which become active."""
 
+    factor = 2
+    SessionOptions = Options
+
     def __init__(self, available, active, devices=()):
         self.available, self.active, self.devices, self.libraries = available, active, devices, []
 
@@ -45,7 +48,11 @@ class OnnxRuntime:
 
     def InferenceSession(self, path, options, providers=()):
         self.asked = list(providers) or [device.ep_name for device in options.devices]
-        return SimpleNamespace(get_providers=lambda: self.active)
+
+        def run(names, feeds):
+            return [feeds["x"] * self.factor]
+
+        return SimpleNamespace(get_providers=lambda: self.active, run=run)
 
 
 @pytest.fixture
@@ -115,3 +122,21 @@ def test_no_plug_in_is_an_error_with_the_command_that_installs_it(install):
     install(OnnxRuntime([CPU], [CPU]))
     with pytest.raises(MissingExtraError, match=r"motioncache\[plugin\]"):
         load("nv-tensorrt-rtx")
+
+
+def test_a_provider_is_tried_with_an_addition_that_the_real_library_runs():
+    assert try_provider("cpu") == (CPU,)
+
+
+def test_what_is_active_is_returned_and_a_fallback_is_an_error(install):
+    install(OnnxRuntime([CUDA, CPU], [CUDA, CPU]))
+    assert try_provider("cuda") == (CUDA, CPU)
+    install(OnnxRuntime([CUDA, CPU], [CPU]))
+    with pytest.raises(EngineError, match=r"onnxruntime: expected CUDA.*could not be loaded"):
+        try_provider("cuda")
+
+
+def test_a_provider_that_computes_something_else_is_an_error(install):
+    install(OnnxRuntime([CUDA, CPU], [CUDA, CPU])).factor = 3
+    with pytest.raises(EngineError, match=r"expected 2 of 1 \+ 1 on CUDA.*, got \[3\.0\]"):
+        try_provider("cuda")

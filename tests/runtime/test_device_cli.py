@@ -11,10 +11,13 @@ from stand_in_driver import StandInDriver
 from stand_in_engines import store_engines
 from stand_in_tensorrt import StandInLibrary
 
+from mc_engines import onnxruntime_runner
 from mc_engines.building.library import Library
 from mc_engines.bundle import Bundle
 from mc_engines.device import opening
 from mc_engines.device.cuda import Gpu
+from mc_engines.onnxruntime_providers import create_session
+from mc_runtime import generate_cli
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
 from mc_runtime.generate_cli import main
 
@@ -146,3 +149,16 @@ def test_no_driver_is_said_with_the_way_out(tiny_bundle, tmp_path):
         pytest.skip("there is a driver")
     result, _ = run(tiny_bundle, tmp_path / "a.mp4", "--backend", "tensorrt-rtx", code=1)
     assert "GPU: expected an NVIDIA driver, got none." in result.output
+
+
+def test_a_run_on_a_provider_says_where_it_ran(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_cli, "choose_provider", lambda values: "cuda")
+    monkeypatch.setattr(generate_cli, "try_provider", lambda name: (f"{name}-first", "then"))
+    monkeypatch.setattr(onnxruntime_runner, "create_session", on_the_cpu)
+    more = "--backend", "onnxruntime-cuda"
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *more)
+    assert "In ONNX Runtime on: cuda-first, then.\n" in result.output
+
+
+def on_the_cpu(path, options, provider):
+    return create_session(path, options, "cpu")

@@ -1,21 +1,25 @@
 """`mc-inspect --doctor`: what is found on machines of several kinds, with stand-ins."""
 
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 from stand_in_driver import StandInDriver
 from stand_in_engines import store_engines
 from stand_in_tensorrt import VERSION, StandInLibrary
 
-from mc_engines.building.library import Library
+from mc_engines.building.library import BACKENDS, Library
 from mc_engines.bundle import Bundle
 from mc_engines.device.cuda import Gpu
 from mc_engines.errors import EngineError, MissingExtraError
 from mc_runtime import doctor
 from mc_runtime.device_passes import ON_DEVICE
+from mc_runtime.flags import ONNXRUNTIME_BACKENDS
 from mc_runtime.inspect_cli import main
 
 
@@ -57,11 +61,46 @@ def find(diagnosis, subject):
 def test_a_machine_with_everything_can_generate_on_its_gpu(machine, tiny_bundle, engines):
     diagnosis = examine(tiny_bundle, engines)
     assert diagnosis.is_good
-    assert diagnosis.can_generate == {"cpu": True, "tensorrt-rtx": True, "tensorrt": False}
+    assert {backend for backend, can in diagnosis.can_generate.items() if can} == {
+        "cpu",
+        "tensorrt-rtx",
+    }
+    assert [*diagnosis.can_generate] == [*ONNXRUNTIME_BACKENDS, *BACKENDS]
     assert "compute capability 8.6, driver for CUDA 13.2" in find(diagnosis, "GPU").detail
     assert find(diagnosis, "tensorrt-rtx").detail == VERSION
     assert find(diagnosis, "block.fp32").state == "good"
     assert find(diagnosis, "tensorrt-rtx engines").detail == "all for 97 frames of 32 x 32 in fp32"
+
+
+def test_providers_are_those_that_are_active_not_those_that_are_compiled_in(machine, monkeypatch):
+    """`get_available_providers` of onnxruntime-gpu names CUDA also where it cannot be loaded."""
+    expected = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: expected)
+    diagnosis = doctor.examine()
+    assert "active are CPUExecutionProvider" in find(diagnosis, "cpu").detail
+    cuda = find(diagnosis, "onnxruntime-cuda")
+    assert cuda.state == "absent" and "it could not be loaded" in cuda.detail
+    assert not diagnosis.can_generate["onnxruntime-cuda"]
+    monkeypatch.setattr(doctor, "try_provider", lambda provider: expected)
+    diagnosis = doctor.examine()
+    assert find(diagnosis, "onnxruntime-cuda").detail == f"active are {', '.join(expected)}"
+    assert diagnosis.can_generate["onnxruntime-cuda"]
+
+
+def test_a_plug_in_that_cannot_be_registered_is_not_good(machine, monkeypatch):
+    """It is installed, and needs a driver."""
+    version = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "0.5.0" if "-ep-nv-" in name else version(name)
+    )
+    plugin = SimpleNamespace(get_library_path=lambda: "/nowhere/plugin.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    diagnosis = doctor.examine()
+    finding = find(diagnosis, "onnxruntime-tensorrt-rtx")
+    assert (
+        finding.state == "bad" and "cu13 0.5.0: onnxruntime: expected the plug-in" in finding.detail
+    )
+    assert not diagnosis.can_generate["onnxruntime-tensorrt-rtx"]
 
 
 def test_without_a_driver_generation_runs_on_the_cpu(machine, monkeypatch, tiny_bundle, engines):
