@@ -40,8 +40,9 @@ def try_provider(provider: Provider) -> tuple[str, ...]:
         CPU.
 
     Raises:
-        McError: ONNX Runtime or the plug-in is not installed (MissingExtraError); it is not there,
-            cannot be loaded, or does not compute (EngineError).
+        McError: One of the following.
+        MissingExtraError: ONNX Runtime or the plug-in is not installed.
+        EngineError: It is not there, cannot be loaded, or does not compute.
     """
     options = require("onnxruntime", "cpu").SessionOptions()
     options.log_severity_level = 3  # errors only: they are raised as well

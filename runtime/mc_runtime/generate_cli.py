@@ -19,7 +19,9 @@ import numpy as np
 from click.core import ParameterSource
 from numpy.typing import NDArray
 
+from mc_engines.building.library import open_library
 from mc_engines.command import INTERRUPTED, command
+from mc_engines.device.opening import DeviceOptions
 from mc_engines.errors import require
 from mc_engines.onnxruntime_providers import try_provider
 from mc_runtime.display import Display
@@ -61,6 +63,7 @@ class _Run:
     output: Path | None
     save_latents: Path | None
     trace: Path | None
+    ran_on: dict[str, Any] = field(default_factory=dict)
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -133,12 +136,11 @@ def main(
     run = _prepare(pipeline, values, given, output, save_latents, trace)
     check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
     pipeline.provider = choose_provider(values)
-    if pipeline.provider != "cpu":
-        make_say(quiet)(f"In ONNX Runtime on: {', '.join(try_provider(pipeline.provider))}.")
     device = choose_device(values, run.options)
     if device is not None:
         pipeline.use_device(device)
-        make_say(quiet)(_describe_device(pipeline))
+    run.ran_on = _open_backend(pipeline, device, values["backend"], make_say(quiet))
+    _tell_differences(values.get("ran_on", {}), run.ran_on, make_say(quiet))
     interrupted = _generate(run, record, quiet)
     if device is not None and pipeline.device is not None:
         pipeline.device.keep_compiled()
@@ -146,12 +148,43 @@ def main(
         ctx.exit(INTERRUPTED)
 
 
-def _describe_device(pipeline: VideoPipeline) -> str:
-    """Load the engines, and say which parts run where."""
+def _open_backend(
+    pipeline: VideoPipeline,
+    options: DeviceOptions | None,
+    backend: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Load the engines or try the provider, say which parts run where, and return it."""
+    if options is None:
+        if pipeline.provider == "cpu":
+            return {"backend": backend}
+        providers = try_provider(pipeline.provider)
+        say(f"In ONNX Runtime on: {', '.join(providers)}.")
+        return {"backend": backend, "providers": list(providers)}
     device = pipeline.device
     assert device is not None
     others = sorted(pipeline.bundle.manifest.components.keys() - device.engines.keys())
-    return f"On {device.gpu.name}: {', '.join(device.engines)}. On the CPU: {', '.join(others)}."
+    say(f"On {device.gpu.name}: {', '.join(device.engines)}. On the CPU: {', '.join(others)}.")
+    return {
+        "backend": backend,
+        "dtype": options.form,
+        "engines": None if options.engines is None else str(options.engines.absolute()),
+        "library": open_library(options.backend).version,
+        "gpu": device.gpu.name,
+        "capability": device.gpu.capability,
+        "components": list(device.engines),
+    }
+
+
+def _tell_differences(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Say where a repeated run runs on something else than the recorded one."""
+    names = dict.fromkeys(("backend", *recorded, *now)) if recorded else {}
+    differ = [name for name in names if recorded.get(name) != now.get(name) and name != "engines"]
+    if differ:
+        pairs = (f"{name} {now.get(name)}, not {recorded.get(name)}" for name in differ)
+        say(f"Not as in the record: {'; '.join(pairs)}. The output may differ.")
 
 
 def _replace_recorded(recorded: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +195,8 @@ def _replace_recorded(recorded: dict[str, Any], given: Mapping[str, Any]) -> dic
         ("policy", "replay"),
         ("policy", "preset"),
         ("policy_option", "preset"),
+        ("backend", "dtype"),
+        ("backend", "engines"),
     ):
         if wins in given:
             recorded[loses] = None
@@ -347,5 +382,6 @@ def _save_chunks(run: _Run, record: Path, interrupted: bool) -> None:
         run.policy,
         run.chunks,
         interrupted,
+        run.ran_on,
     )
     write_record(record, values)

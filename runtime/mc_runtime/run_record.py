@@ -45,6 +45,7 @@ def record_run(
     policy: Policy,
     chunks: Sequence[Chunk],
     interrupted: bool,
+    ran_on: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Gather what it takes to repeat a run, and what came out of it.
 
@@ -57,6 +58,8 @@ def record_run(
         policy: The cache policy; all its settings are recorded.
         chunks: Those that were finished; their times are recorded.
         interrupted: Whether the run was stopped before its end.
+        ran_on: What ran the model: `backend`; of ONNX Runtime on a GPU the active `providers`; of
+            engines `dtype`, the folder `engines`, `library` (version), `gpu` and `capability`.
 
     Returns:
         JSON-ready values.
@@ -71,6 +74,7 @@ def record_run(
         "policy_options": format_options(policy.config),
         "threads": threads,
         "bundle": {"path": str(bundle.path.absolute()), "hash": bundle.model_hash},
+        "ran_on": dict(ran_on),
         "versions": list_versions(),
         "interrupted": interrupted,
         "chunks": [
@@ -101,8 +105,9 @@ def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
         bundle: On which the run is to be repeated.
 
     Returns:
-        Fields of `GenerationOptions`, `policy`, `policy_option`, `threads`, prompts and files, by
-        parameter name of `mc-generate`; and `preset`, the name of the policy's.
+        Fields of `GenerationOptions`, `policy`, `policy_option`, `threads`, `backend`, `dtype`,
+        `engines`, prompts and files, by parameter name of `mc-generate`; `preset`, the name of the
+        policy's; and `ran_on` as it was recorded, empty in a record of before it was.
 
     Raises:
         ValueError: It is no record of this version, or of another bundle, or an input has changed.
@@ -139,6 +144,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         settings = asdict(GenerationOptions(**record["options"]))
         files = {name: Path(entry["path"]) for name, entry in record["files"].items()}
+        ran_on = dict(record.get("ran_on", {}))
+        engines = ran_on.get("engines")
         return {
             "bundle": record["bundle"]["hash"],
             "files": [(files[name], entry["sha256"]) for name, entry in record["files"].items()],
@@ -150,9 +157,13 @@ def _read_record(path: Path) -> dict[str, Any]:
                 "policy_option": tuple(record["policy_options"]),
                 "preset": record["preset"],
                 "threads": record["threads"],
+                "backend": ran_on.get("backend", "cpu"),
+                "dtype": ran_on.get("dtype"),
+                "engines": None if engines is None else Path(engines),
+                "ran_on": ran_on,
             },
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a whole record, got one without or with a wrong {error}. "
             "Pass one that mc-generate wrote."

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from stand_in_driver import StandInDriver
 from stand_in_engines import store_engines
-from stand_in_tensorrt import StandInLibrary
+from stand_in_tensorrt import VERSION, StandInLibrary
 
 from mc_engines import onnxruntime_runner
 from mc_engines.building.library import Library
@@ -29,7 +29,8 @@ ON_GPU = "--backend", "tensorrt-rtx", "--dtype", "fp32"
 def driver(monkeypatch) -> StandInDriver:
     driver = StandInDriver()
     library = Library("tensorrt-rtx", StandInLibrary(driver))
-    monkeypatch.setattr(opening, "open_library", lambda backend: library)
+    for module in (opening, generate_cli):
+        monkeypatch.setattr(module, "open_library", lambda backend: library)
     monkeypatch.setattr(opening, "open_gpu", lambda ordinal: Gpu(driver, ordinal))
     monkeypatch.setattr(opening, "compile_kernels", lambda capability: b"cubin 86")
     return driver
@@ -59,6 +60,31 @@ def test_a_video_from_engines_is_that_of_the_cpu(tiny_bundle, tmp_path, folder, 
         np.testing.assert_allclose(ours["latents"], theirs["latents"], atol=2e-5)
     caches = list(folder.rglob("*.sm86.cache"))
     assert len(caches) == len(ON_DEVICE) + len(OPTIONAL_PARTS)
+
+
+def test_a_run_is_repeated_on_what_it_ran_on(tiny_bundle, tmp_path, folder, driver):
+    run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    expected = {"backend": "tensorrt-rtx", "dtype": "fp32", "engines": str(folder)}
+    expected |= {"library": VERSION, "gpu": "Stand-in", "capability": 86}
+    assert {name: record["ran_on"][name] for name in expected} == expected
+    launches = driver.launches
+    again = "--repeat", tmp_path / "gpu.json"
+    result, given = run(tiny_bundle, tmp_path / "again.mp4", *again)
+    assert driver.launches > launches and "Not as in the record" not in result.output
+    with np.load(given) as ours, np.load(tmp_path / "gpu.npz") as theirs:
+        np.testing.assert_array_equal(ours["latents"], theirs["latents"])
+
+    (tmp_path / "gpu.json").write_text(
+        json.dumps(record | {"ran_on": record["ran_on"] | {"gpu": "Another"}})
+    )
+    result, _ = run(tiny_bundle, tmp_path / "third.mp4", *again)
+    said = "Not as in the record: gpu Stand-in, not Another. The output may differ.\n"
+    assert said in result.output
+    launches = driver.launches
+    result, _ = run(tiny_bundle, tmp_path / "cpu.mp4", *again, "--backend", "cpu")
+    assert "Not as in the record: backend cpu, not tensorrt-rtx; " in result.output
+    assert driver.launches == launches
 
 
 def test_an_engine_that_is_missing_is_named_with_the_command_that_makes_it(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from motioncache import make_policy, none
 
 OPTIONS = GenerationOptions(num_frames=17, seed=7, sigma_table="skyreels", guidance_scale=1.5)
 POLICY = make_policy("flowcache", {"threshold": 0.1, "coefficients": (1.0, 0.0)})
+RAN_ON = {"backend": "tensorrt-rtx", "dtype": "fp16", "engines": "/e", "gpu": "A GPU"}
 TEXTS = {"prompt": "a bird, grün", "negative_prompt": None}
 
 
@@ -25,7 +27,9 @@ def saved(tmp_path):
     (tmp_path / "noise.npz").write_bytes(b"noise")
     files = hash_files({"latents": tmp_path / "noise.npz"})
     chunk = Chunk(0, 4, np.zeros((16, 5, 2, 2), np.float32), None, 2.5, 0.5, {"full": 3})
-    record = record_run(bundle(tmp_path / "b"), OPTIONS, TEXTS, files, 2, POLICY, [chunk], True)
+    record = record_run(
+        bundle(tmp_path / "b"), OPTIONS, TEXTS, files, 2, POLICY, [chunk], True, RAN_ON
+    )
     write_record(tmp_path / "out.json", record)
     return tmp_path / "out.json"
 
@@ -39,14 +43,23 @@ def test_a_record_gives_back_what_was_set(saved, tmp_path):
         **vars(OPTIONS), **TEXTS, "latents": tmp_path / "noise.npz", "threads": 2,
         "policy": "flowcache", "policy_option": ("threshold=0.1", "coefficients=1.0,0.0",
         "warmup_steps=4", "compat=fixed"), "preset": None,
+        "backend": "tensorrt-rtx", "dtype": "fp16", "engines": Path("/e"), "ran_on": RAN_ON,
     }  # fmt: skip
+
+
+def test_a_record_from_before_it_said_what_ran_it_is_of_the_cpu(saved, tmp_path):
+    record = json.loads(saved.read_text())
+    del record["ran_on"]
+    saved.write_text(json.dumps(record))
+    values = read_options(saved, bundle(tmp_path))
+    assert values["backend"] == "cpu" and values["dtype"] is None and values["ran_on"] == {}
 
 
 def test_a_record_says_what_was_run(saved, tmp_path):
     record = json.loads(saved.read_text(encoding="utf-8"))
     assert "grün" in saved.read_text(encoding="utf-8")
     assert record["bundle"] == {"path": str(tmp_path / "b"), "hash": "ab" * 32}
-    assert record["interrupted"] is True
+    assert record["interrupted"] is True and record["ran_on"] == RAN_ON
     assert record["chunks"] == [
         {"index": 0, "of": 4, "seconds": 2.5, "decode_seconds": 0.5, "computed": {"full": 3}}
     ]
@@ -61,7 +74,7 @@ def test_paths_are_of_use_in_another_folder(tmp_path, monkeypatch):
     (tmp_path / "noise.npz").touch()
     relative = type(tmp_path)("noise.npz")
     assert hash_files({"latents": relative})["latents"]["path"] == str(tmp_path / "noise.npz")
-    record = record_run(bundle(type(tmp_path)("b")), OPTIONS, {}, {}, None, none(), [], False)
+    record = record_run(bundle(type(tmp_path)("b")), OPTIONS, {}, {}, None, none(), [], False, {})
     assert record["bundle"]["path"] == str(tmp_path / "b")
 
 
@@ -106,7 +119,13 @@ def test_another_schema_is_refused(saved, tmp_path):
 
 @pytest.mark.parametrize(
     "entries",
-    [{"options": {"speed": 1}}, {"options": None}, {"files": {"video": {}}}, {"files": []}],
+    [
+        {"ran_on": "cpu"},
+        {"options": {"speed": 1}},
+        {"options": None},
+        {"files": {"video": {}}},
+        {"files": []},
+    ],
 )
 def test_a_damaged_record_is_refused(saved, tmp_path, entries):
     change(saved, **entries)
