@@ -11,7 +11,6 @@ slots, T text tokens, C channels, H heads, D head size.
 
 __all__ = ["ON_DEVICE", "OPTIONAL_PARTS", "DeviceBranch", "DevicePasses", "open_device_passes"]
 
-import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.building.bounds import Bounds
 from mc_engines.device.arrays import DeviceArray, allocate_array
 from mc_engines.device.cuda import Graph
 from mc_engines.device.device import Device
 from mc_engines.device.runner import DeviceRunner
 from mc_engines.device.weights import LayerWeights
+from mc_engines.run_sizes import WindowShape, plan_run_sizes
 from mc_engines.runner import Array, Runner
 from mc_engines.timed_runner import Clock
 from mc_runtime.device_room import MEMORY_REMEDY, Room, open_room
@@ -92,6 +93,11 @@ class DevicePasses:
     weights: LayerWeights
     clock: Clock = field(default_factory=Clock)
     rooms: dict[int, Room] = field(default_factory=dict)
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether the blocks' weights are brought layer by layer in every pass: they do not fit."""
+        return not self.weights.stay
 
     def timed(self, clock: Clock) -> "DevicePasses":
         """Return the same transformer with activations and a clock of its own, for one window."""
@@ -330,13 +336,17 @@ class DevicePasses:
         return self.device.transfers.upload(array, room)
 
 
-def open_device_passes(device: Device, config: TransformerConfig, timestep: Runner) -> DevicePasses:
-    """Bring the blocks' weights to a GPU, beside the keys of the largest video.
+def open_device_passes(
+    device: Device, config: TransformerConfig, timestep: Runner, symbols: Mapping[str, Bounds]
+) -> DevicePasses:
+    """Bring the blocks' weights to a GPU, beside what a run keeps in it.
 
     Args:
         device: With the engines of `ON_DEVICE`.
         config: Sizes.
         timestep: Runs the component of that name, on the host.
+        symbols: Of `bound_symbols` for the largest window of the run, which may be smaller than the
+            one that the engines are built for.
 
     Returns:
         The passes.
@@ -344,7 +354,17 @@ def open_device_passes(device: Device, config: TransformerConfig, timestep: Runn
     Raises:
         EngineError: Memory is too small.
     """
-    largest = device.engines["block"].largest("k_cache")
+    shape = WindowShape(
+        layers=config.layers,
+        heads=config.heads,
+        dim=config.dim,
+        ffn_dim=0,  # of a pass, whose memory the engines have already
+        chunk_tokens=symbols["L"].most,
+        window_tokens=symbols["S"].most,
+        branches=_BRANCHES,
+        text_tokens=symbols["T"].most,
+    )
     itemsize = device.engines["block"].spec("k_cache").numpy_dtype.itemsize
-    keys_and_values = 2 * _BRANCHES * config.layers * math.prod(largest) * itemsize
-    return DevicePasses(config, device, timestep, device.open_weights("block", keys_and_values))
+    sizes = plan_run_sizes(shape, value_bytes=itemsize, weights=0, decode=0, fused=True)
+    kept = sizes.kv + sizes.context + sizes.residual
+    return DevicePasses(config, device, timestep, device.open_weights("block", kept))

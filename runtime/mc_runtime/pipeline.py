@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.building.bounds import bound_symbols
 from mc_engines.bundle import Bundle
 from mc_engines.device.device import Device
 from mc_engines.device.opening import DeviceOptions, list_components, open_device
@@ -131,10 +132,13 @@ class VideoPipeline:
 
     @cached_property
     def _device_passes(self) -> DevicePasses:
-        assert self.device is not None
+        device, options = self.device, self._device_options
+        assert device is not None and options is not None
         timestep = open_runner(self.bundle, "timestep", "fp32", self.threads)
-        config = TransformerConfig.from_manifest(self.bundle.manifest.config["transformer"])
-        return open_device_passes(self.device, config, timestep)
+        manifest = self.bundle.manifest.config
+        config = TransformerConfig.from_manifest(manifest["transformer"])
+        symbols = bound_symbols(manifest, options.limits)
+        return open_device_passes(device, config, timestep, symbols)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

@@ -23,6 +23,7 @@ from mc_engines.device.cuda import Gpu, Stream
 from mc_engines.device.device import Device, Plan
 from mc_engines.device.engine import Context
 from mc_engines.device.kernels import RowMover
+from mc_engines.device.opening import DeviceOptions
 from mc_engines.device.weights import ResidentWeights, StreamedWeights
 from mc_engines.errors import EngineError
 from mc_runtime import device_passes
@@ -84,6 +85,7 @@ class Setup:
         eager: bool = False,
         most: int = 32,
         backend: str = "tensorrt-rtx",
+        max_vram: int | None = None,
     ) -> None:
         self.driver = StandInDriver(eager=eager)
         self.tiny = tiny
@@ -98,7 +100,7 @@ class Setup:
             graph = bundle.graph(name, "fp32")
             bounds = Request((), profiles).bound(graph)
             plans[name] = Plan(graph, make_plan(bundle.graph_path(name, "fp32"), bounds), name)
-        budget = 0 if stream_weights else None
+        budget = 0 if stream_weights else max_vram
         gpu = Gpu(self.driver)
         self.device = FourLayers(gpu, library, bundle, "fp32", plans, b"cubin 86", budget)
         config, runners = replace(tiny.transformer.config, layers=4), tiny.transformer.runners
@@ -215,6 +217,20 @@ def test_not_enough_memory_says_for_what_and_what_helps(tiny) -> None:
     message = r"GPU memory: expected .* MB for the keys \(1, .*, got 0.0 MB free .* Pass --max-vram"
     with pytest.raises(EngineError, match=message):
         setup.passes.open_branch([], angles)
+
+
+def test_weights_are_streamed_where_they_do_not_fit_beside_what_the_run_keeps(tiny) -> None:
+    bundle = tiny.bundle
+    weights = 4 * sum(array.nbytes for array in bundle.layer_weights("block", 0, "fp32").values())
+    # Keys and values of 17 frames, 5 latent ones of 2 x 2 tokens, and of the prompt; residuals.
+    layers, dim = tiny.transformer.config.layers, tiny.transformer.config.dim
+    text = bundle.manifest.config["text_encoder"]["max_tokens"]
+    kept = 2 * 4 * dim * (2 * layers * (20 + text) + 20)
+    for budget, streamed in ((weights + kept - 1, True), (weights + kept, False)):
+        pipeline = VideoPipeline(bundle, 1)
+        pipeline.use_device(DeviceOptions("tensorrt-rtx", VideoLimits(32, 32, 17, 5), "fp32"))
+        vars(pipeline)["device"] = Setup(tiny, max_vram=budget).device  # engines for 97 frames
+        assert pipeline.passes.streams_weights == streamed
 
 
 def test_not_finite_values_name_their_component(tiny, monkeypatch) -> None:

@@ -113,10 +113,6 @@ class DeviceEngine:
         specs = (*self.graph.inputs, *self.graph.outputs)
         return next(spec for spec in specs if spec.name == name)
 
-    def largest(self, name: str) -> tuple[int, ...]:
-        """Return the largest shape of an input that a profile takes."""
-        return max(profile[name][1] for profile in self._profiles)
-
     def open_context(self, profile: int, stream: Stream, scratch: Memory) -> "Context":
         """Open a context of a profile.
 
