@@ -1,14 +1,18 @@
 """Check what cannot be checked without a GPU: engines against ONNX Runtime, and a generation.
 
-`scripts/gpu-check BUNDLE` builds the engines and runs this. A short generation on the CPU is
-recorded, call by call; every engine is then given the same inputs. The report says what was not
-checked.
+`scripts/gpu-check BUNDLE` runs this. It builds engines for the GPU that is here. A short generation
+on the CPU is recorded, call by call; every engine is then given the same inputs. Whatever fails is
+put down in the report, which also says what was not checked. The bundle needs a text encoder and a
+VAE.
 """
 
-__all__ = ["Call", "Comparison", "compare_engines", "record_calls"]
+__all__ = ["Call", "Comparison", "check", "choose_backend", "compare_engines", "record_calls"]
 
 import argparse
 import json
+import math
+import shlex
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,10 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from mc_engines.building.library import BACKENDS, Backend, open_library
+from mc_engines.building.store import EngineStore
 from mc_engines.bundle import Bundle
+from mc_engines.device.cuda import open_gpu
 from mc_engines.device.device import Device
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.device.runner import DeviceRunner
+from mc_engines.engine_choice import Place
+from mc_engines.errors import McError
+from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Arrays, Runner
 from mc_engines.specs import GraphSpec
 from mc_runtime.doctor import examine
@@ -33,7 +43,11 @@ from mc_runtime.transformer import Transformer
 # Largest error that is allowed, relative to the largest value of an output: eight roundings of the
 # type, but for float32, whose matrix products may use TF32.
 TOLERANCE = {"fp32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
-_KEPT = 3  # calls of a component that are compared
+# Largest root mean square of the difference of latents, relative to that of the latents, that is
+# allowed: what a pass errs adds up over the steps, and guidance multiplies it.
+LATENTS_TOLERANCE = {form: 5 * each for form, each in TOLERANCE.items()}
+_FIRST_WITH_BF16 = 80  # compute capability
+_KEPT = 6  # calls of a component that are compared
 _PROMPT = "a big red circle drifts left over sand"
 
 
@@ -48,22 +62,26 @@ class Call:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An engine against ONNX Runtime; `error` is relative to the largest value of an output."""
+    """An engine against ONNX Runtime; `error` is relative to the largest value of an output.
+
+    `error` is None where nothing could be compared: `failure` says what happened, if anything did.
+    """
 
     component: str
     calls: int
     error: float | None
     tolerance: float
     milliseconds: float | None
+    failure: str | None = None
 
     @property
     def is_good(self) -> bool:
         """Whether it was compared, and agrees."""
-        return self.error is not None and self.error <= self.tolerance
+        return self.failure is None and self.error is not None and self.error <= self.tolerance
 
 
 class _Recorder:
-    """A runner that keeps its first calls, and every one whose shapes are new."""
+    """A runner that keeps its first call in each of the first few combinations of shapes."""
 
     def __init__(self, runner: Runner, calls: list[Call]) -> None:
         self._runner, self._calls, self._shapes = runner, calls, set()
@@ -83,7 +101,11 @@ class _Recorder:
 
 
 def record_calls(bundle: Bundle, options: GenerationOptions, policy: str) -> dict[str, list[Call]]:
-    """Generate on the CPU and keep calls of every component."""
+    """Generate on the CPU and keep calls of every component.
+
+    Partial passes are padded up to the bundle's buckets, as engines take them. What such a run does
+    not call, `combine`, `motion` and the VAE's encoder, is given inputs of its own.
+    """
     calls: dict[str, list[Call]] = defaultdict(list)
 
     class Recorded(VideoPipeline):
@@ -94,15 +116,57 @@ def record_calls(bundle: Bundle, options: GenerationOptions, policy: str) -> dic
         def transformer(self) -> Transformer:
             plain = super().transformer
             runners = {name: _Recorder(each, calls[name]) for name, each in plain.runners.items()}
-            return replace(plain, runners=runners, fused_block=runners["block"])
+            buckets = plain.config.token_buckets
+            return replace(plain, runners=runners, fused_block=runners["block"], buckets=buckets)
 
-    Recorded(bundle).run(_PROMPT, policy=policy, options=options)
+    pipeline = Recorded(bundle)
+    pipeline.run(_PROMPT, policy=policy, options=options)
+    if "vae_encoder_next" in bundle.manifest.components:
+        size = options.overlap_history, options.height, options.width, 3
+        pipeline.encoder.encode(np.random.default_rng(0).integers(0, 255, size, np.uint8))
+    tokens = max(call.inputs["patches"].shape[1] for call in calls["embed"])
+    for count in dict.fromkeys(call.inputs["x"].shape[1] for call in calls["block"]):
+        calls["combine"].append(_call(bundle, "combine", _draw_combine(bundle, tokens, count)))
+    if not calls["motion"]:
+        calls["motion"].append(_call(bundle, "motion", _draw_motion(bundle, tokens, options)))
     return calls
 
 
+def _call(bundle: Bundle, component: str, inputs: Mapping[str, Any]) -> Call:
+    return Call(inputs, None, open_runner(bundle, component).run(inputs))
+
+
+def _draw_combine(bundle: Bundle, tokens: int, count: int) -> dict[str, Any]:
+    """Inputs of `combine`: of L rows K are new, as many as a pass of the blocks had."""
+    rng, dim = np.random.default_rng(count), bundle.manifest.config["transformer"]["dim"]
+    rows = np.sort(rng.permutation(tokens)[:count]).astype(np.int32)
+    row_map = np.arange(tokens, dtype=np.int32)
+    row_map[rows] = tokens + np.arange(count, dtype=np.int32)
+    drawn = {
+        name: rng.standard_normal((1, size, dim), np.float32)
+        for name, size in (("x", tokens), ("residual", tokens), ("y", count))
+    }
+    return {**drawn, "rows": rows, "row_map": row_map}
+
+
+def _draw_motion(bundle: Bundle, tokens: int, options: GenerationOptions) -> dict[str, Any]:
+    """Inputs of `motion`: the frames of a chunk, and the frame before."""
+    rng, dim = np.random.default_rng(0), bundle.manifest.config["transformer"]["dim"]
+    frames = options.causal_block_size
+    shape = 1, frames, tokens // frames, dim
+    out, previous = (rng.standard_normal(size, np.float32) for size in (shape, shape[1:]))
+    return {"out": out, "previous": previous[:1]}
+
+
 def compare_engines(device: Device, form: str, calls: Mapping[str, list[Call]]) -> list[Comparison]:
-    """Give every engine the inputs of the recorded calls."""
-    return [_compare(device, form, name, calls.get(name, [])) for name in device.engines]
+    """Give every engine the inputs of the recorded calls; one that fails does not end it."""
+    comparisons = []
+    for name in device.engines:
+        try:
+            comparisons.append(_compare(device, form, name, calls.get(name, [])))
+        except (McError, ValueError) as error:
+            comparisons.append(Comparison(name, 0, None, TOLERANCE[form], None, str(error)))
+    return comparisons
 
 
 def _compare(device: Device, form: str, component: str, calls: list[Call]) -> Comparison:
@@ -121,70 +185,139 @@ def _compare(device: Device, form: str, component: str, calls: list[Call]) -> Co
         for name, expected in call.outputs.items():
             scale = max(float(np.abs(expected).max()), 1e-6)
             errors.append(float(np.abs(given[name] - expected).max()) / scale)
-    return Comparison(component, len(calls), max(errors), TOLERANCE[form], float(np.median(times)))
+    worst = max(errors) if np.isfinite(errors).all() else math.inf
+    return Comparison(component, len(calls), worst, TOLERANCE[form], float(np.median(times)))
 
 
-def _generate(pipeline: VideoPipeline, options: GenerationOptions, policy: str) -> dict[str, Any]:
-    """Latents of a run, and the time of its second repetition."""
-    pipeline.run(_PROMPT, policy=policy, options=options)
-    start = time.perf_counter()
-    video = pipeline.run(_PROMPT, policy=policy, options=options)
-    return {"seconds": time.perf_counter() - start, "latents": video.latents}
+def _generate(
+    cpu: VideoPipeline, gpu: VideoPipeline, options: GenerationOptions, policy: str, form: str
+) -> dict[str, Any]:
+    """Times of a run on both, and how the latents differ where both take the same decisions."""
+    tolerance = LATENTS_TOLERANCE[form]
+    try:
+        start = time.perf_counter()
+        host = cpu.run(_PROMPT, policy=policy, options=options)
+        middle = time.perf_counter()
+        device = gpu.run(_PROMPT, policy=host.trace, options=options)  # compiles as well
+        again = time.perf_counter()
+        gpu.run(_PROMPT, policy=policy, options=options)
+        end = time.perf_counter()
+    except (McError, ValueError) as error:
+        return {"good": False, "failure": str(error), "latents_tolerance": tolerance}
+    difference = _measure(device.latents - host.latents) / max(_measure(host.latents), 1e-6)
+    return {
+        "good": difference <= tolerance,  # not where it is NaN
+        "cpu_seconds": middle - start,
+        "gpu_seconds": end - again,
+        "latents_difference": difference,
+        "latents_tolerance": tolerance,
+    }
+
+
+def _measure(array: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
 
 
 def check(
     bundle: Bundle, device_options: DeviceOptions, options: GenerationOptions
 ) -> dict[str, Any]:
     """Make the whole report."""
-    policy = next(iter(bundle.manifest.presets), "none")
+    policy, form = next(iter(bundle.manifest.presets), "none"), device_options.form
     cpu, gpu = VideoPipeline(bundle), VideoPipeline(bundle)
     gpu.use_device(device_options)
-    calls = record_calls(bundle, options, policy)
-    assert gpu.device is not None
-    comparisons = compare_engines(gpu.device, device_options.form, calls)
-    runs = {}
-    for name in dict.fromkeys(("none", policy)):
-        host, device = (_generate(pipeline, options, name) for pipeline in (cpu, gpu))
-        difference = float(np.abs(host["latents"] - device["latents"]).max())
-        runs[name] = {
-            "cpu_seconds": host["seconds"],
-            "gpu_seconds": device["seconds"],
-            "largest_difference_of_latents": difference,
-        }
-    gpu.device.keep_compiled()
-    return {
-        "machine": examine(bundle.path, device_options.engines).to_json(),
-        "form": device_options.form,
+    sizes = {name: getattr(options, name) for name in ("height", "width", "num_frames")}
+    report: dict[str, Any] = {
+        "machine": examine(bundle.path, device_options.engines, sizes).to_json(),
+        "form": form,
+        "failure": None,
+        "engines": [],
+        "generations": {},
+        "not_checked": sorted(bundle.manifest.components),
+    }
+    try:
+        device = gpu.device
+    except McError as error:
+        return report | {"good": False, "failure": str(error)}
+    assert device is not None
+    comparisons = compare_engines(device, form, record_calls(bundle, options, policy))
+    runs = {
+        name: _generate(cpu, gpu, options, name, form) for name in dict.fromkeys(("none", policy))
+    }
+    device.keep_compiled()
+    compared = {each.component for each in comparisons if each.error is not None}
+    failed = any(
+        each.failure or (each.error is not None and not each.is_good) for each in comparisons
+    )
+    return report | {
+        "good": not failed and all(run["good"] for run in runs.values()),
         "engines": [asdict(each) | {"good": each.is_good} for each in comparisons],
         "generations": runs,
-        "not_checked": [each.component for each in comparisons if each.error is None],
+        "not_checked": sorted(bundle.manifest.components.keys() - compared),
     }
 
 
+def choose_backend(capability: int) -> Backend:
+    """TensorRT-RTX where it is installed and has the GPU for a target, else TensorRT."""
+    try:
+        rtx = open_library("tensorrt-rtx")
+    except McError:
+        return "tensorrt"
+    return "tensorrt-rtx" if capability in rtx.targets else "tensorrt"
+
+
+def _build(bundle: Bundle, options: DeviceOptions, capability: int) -> None:
+    """Run the mc-build command that a refused engine would name; what is there is kept."""
+    version = open_library(options.backend).version
+    place = Place(options.backend, version, capability, options.form, options.limits)
+    command = place.build_command(EngineStore(bundle, options.engines))
+    print(command, flush=True)
+    subprocess.run(shlex.split(command), check=False)  # what is missing then is in the report
+
+
 def main() -> None:
-    """Read the flags, check, write the report; exit 1 where an engine differs."""
+    """Read the flags, build, check, write the report; exit 1 where something is not good."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx")
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: what has this GPU")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="default: bf16, fp16 on SM75")
     parser.add_argument("--engines", type=Path)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("-o", "--output", type=Path, default=Path("out/gpu-check.json"))
     flags = parser.parse_args()
-    bundle = Bundle.open(flags.bundle)
+    bundle, capability = Bundle.open(flags.bundle), open_gpu().capability
     options = replace(VideoPipeline(bundle).default_options, num_inference_steps=flags.steps)
-    device_options = DeviceOptions(flags.backend, limit_video(options), flags.dtype, flags.engines)
-    report = check(bundle, device_options, options)
+    device_options = DeviceOptions(
+        flags.backend or choose_backend(capability),
+        limit_video(options),
+        flags.dtype or ("bf16" if capability >= _FIRST_WITH_BF16 else "fp16"),
+        flags.engines,
+    )
+    _build(bundle, device_options, capability)
+    report = check(Bundle.open(flags.bundle), device_options, options)
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(json.dumps(report, indent=2) + "\n")
+    _show(report)
+    print(f"report: {flags.output}")
+    if not report["good"]:
+        raise SystemExit(1)
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    if report["failure"]:
+        print(report["failure"])
     for line in report["engines"]:
         error = "not checked" if line["error"] is None else f"error {line['error']:.1e}"
-        print(f"{line['component']:<20} {error:<16} {'good' if line['good'] else 'NOT GOOD'}")
+        state = "good" if line["good"] else f"NOT GOOD {line['failure'] or ''}"
+        print(f"{line['component']:<20} {error:<16} {state}")
     for name, run in report["generations"].items():
-        print(f"{name}: CPU {run['cpu_seconds']:.1f} s, GPU {run['gpu_seconds']:.2f} s")
-    print(f"report: {flags.output}")
-    if not all(line["good"] for line in report["engines"] if line["error"] is not None):
-        raise SystemExit(1)
+        if "failure" in run:
+            print(f"{name}: NOT GOOD {run['failure']}")
+        else:
+            print(
+                f"{name}: CPU {run['cpu_seconds']:.1f} s, GPU {run['gpu_seconds']:.2f} s, latents "
+                f"differ by {run['latents_difference']:.1e} {'good' if run['good'] else 'NOT GOOD'}"
+            )
+    print(f"not checked: {', '.join(report['not_checked'])}")
 
 
 if __name__ == "__main__":
