@@ -23,6 +23,7 @@ class Published:
         height: Pixels.
         width: Pixels.
         base_num_frames: Pixel frames of one window.
+        spatial_factor: Pixels per latent along each side.
     """
 
     repository: str | None
@@ -30,6 +31,7 @@ class Published:
     height: int
     width: int
     base_num_frames: int
+    spatial_factor: int = 8
 
 
 def _transformer(
@@ -75,7 +77,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         "skyreels-df-14b-720p": Published(
             "Skywork/SkyReels-V2-DF-14B-720P-Diffusers", _LARGE, 720, 1280, 117
         ),
-        "skyreels-mini": Published(None, _MINI, 64, 64, 97),
+        "skyreels-mini": Published(None, _MINI, 64, 64, 97, spatial_factor=4),
     }
 )
 

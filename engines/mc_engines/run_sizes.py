@@ -5,7 +5,7 @@ Neighbours: `mc-export --dry-run` prints it for a checkpoint, `mc-bench predict`
 Symbols: L tokens of a chunk, S tokens of a window, T text tokens, C channels, H heads.
 """
 
-__all__ = ["RunSizes", "WindowShape", "plan_run_sizes"]
+__all__ = ["TEXT_TOKENS", "RunSizes", "WindowShape", "plan_run_sizes"]
 
 from dataclasses import dataclass
 

@@ -306,15 +306,12 @@ class DevicePasses:
         self, out: DeviceArray, frames: int, previous: DeviceArray | None
     ) -> tuple[DeviceArray, DeviceArray]:
         """Enqueue the motion of a chunk; return it, and a copy of the last frame."""
-        positions = out.shape[1] // frames
+        positions, room = out.shape[1] // frames, self._room(out.shape[1])
         before = out.reshape(1, positions, out.shape[2]) if previous is None else previous
         framed = out.reshape(1, frames, positions, out.shape[2])
-        change = self._allocate((frames, positions), np.dtype(np.float32), "motion")
+        change = room["motion"].reshape(frames, positions)
         self.device.enqueue("motion", {"out": framed, "previous": before}, {"change": change})
-        last = out.last_rows(positions)
-        kept = self._allocate(last.shape, last.dtype, "a last frame")
-        self.device.stream.copy(kept.address, last.address, last.nbytes)
-        return change, kept
+        return change, room.keep_frame(out.last_rows(positions))
 
     def to_host(self, values: DeviceArray) -> Array:
         """Return values as float32 of the host."""

@@ -5,9 +5,10 @@ Neighbours: `DevicePasses` fills it.
 
 __all__ = ["MEMORY_REMEDY", "Room", "open_room"]
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field, replace
 
-from mc_engines.device.arrays import DeviceArray, allocate_block
+from mc_engines.device.arrays import DeviceArray, allocate_array, allocate_block
 from mc_engines.device.device import Device
 from mc_engines.specs import TensorSpec
 
@@ -35,15 +36,44 @@ _ROOM = {
 
 @dataclass(frozen=True, eq=False)
 class Room:
-    """Arrays of `_ROOM`, and indices: rows, slots, row_map, and zeros for frame ids.
+    """Arrays of `_ROOM`, motion, and indices: rows, slots, row_map, and zeros for frame ids.
 
     The modulation has one row, since a chunk has one timestep: every frame id is 0.
+
+    Attributes:
+        device: Whose memory it is.
+        arrays: By name.
+        unused: Room for last frames that nobody keeps any more.
     """
 
+    device: Device
     arrays: dict[str, DeviceArray]
+    unused: list[DeviceArray] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> DeviceArray:
         return self.arrays[name]
+
+    def keep_frame(self, frame: DeviceArray) -> DeviceArray:
+        """Copy a last frame; its place is used again when the copy is forgotten, and not freed.
+
+        Args:
+            frame: shape (1, P, C), the same in every call.
+
+        Returns:
+            The copy, when the stream gets there.
+
+        Raises:
+            EngineError: There is not enough memory.
+        """
+        place = self._allocate_frame(frame)
+        kept = replace(place)
+        (kept, self.unused.append, place)
+        self.device.stream.copy(kept.address, frame.address, frame.nbytes)
+        return kept
+
+    def _allocate_frame(self, frame: DeviceArray) -> DeviceArray:
+        purpose = f"a last frame {frame.shape}"
+        return allocate_array(self.device.gpu, frame.shape, frame.dtype, purpose, MEMORY_REMEDY)
 
 
 def open_room(device: Device, tokens: int) -> Room:
@@ -62,11 +92,12 @@ def open_room(device: Device, tokens: int) -> Room:
     specs = [_fix(device, name, *source, tokens) for name, source in _ROOM.items()]
     numbers = ("rows", "slots", "row_map", "zeros")
     specs += [TensorSpec(name, "int32", (tokens,)) for name in numbers]
+    specs.append(TensorSpec("motion", "float32", (tokens,)))
     purpose = f"activations of chunks of {tokens} tokens"
     arrays = allocate_block(device.gpu, specs, purpose, MEMORY_REMEDY)
     zeros = arrays["zeros"]
     device.stream.fill_zero(zeros.address, zeros.nbytes)
-    return Room(arrays)
+    return Room(device, arrays)
 
 
 def _fix(device: Device, name: str, component: str, tensor: str, tokens: int) -> TensorSpec:

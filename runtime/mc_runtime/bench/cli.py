@@ -21,6 +21,8 @@ from rich.console import Console
 from mc_engines.command import command
 from mc_engines.errors import require
 from mc_runtime.bench.baseline import DiffusersProcess
+from mc_runtime.bench.compare_cli import compare_command
+from mc_runtime.bench.latency_cli import latency_flags, run_latency
 from mc_runtime.bench.page import print_report, render_page
 from mc_runtime.bench.policies import (
     Bench,
@@ -82,6 +84,7 @@ def main() -> None:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder for the baseline.")
 @click.option("-o", "--output", type=FILE, help="JSON to write.")
 @click.option("--html", type=FILE, help="Page to write, with a plot.")
+@latency_flags
 @click.option("--threads", type=click.IntRange(min=1), help="Of one operator; default: all cores.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @setting_options()
@@ -93,12 +96,21 @@ def run(
     quiet: bool,
     **values: Any,
 ) -> None:
-    """Compare cache policies on BUNDLE: time, FLOPs and fidelity, on the same noise and prompts."""
+    """Compare cache policies on BUNDLE: time, FLOPs and fidelity, on the same noise and prompts.
+
+    With --engines or --generation: time, memory and steadiness of engines and whole videos.
+
+    Raises:
+        UsageError: Flags that do not go together.
+    """
     if (values["baseline"] is None) != (values["checkpoint"] is None):
         raise click.UsageError("--baseline and --checkpoint need each other. Give both or neither.")
     _check_outputs((output, html), (values["prompts"], values["lpips"]), overwrite)
     if html is not None:
         require("matplotlib", "bench")
+    if values["engines"] or values["generation"]:
+        _time(bundle, output, html, quiet, values)
+        return
     say = make_say(quiet)
     bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values, say)
     lpips = Lpips(values["lpips"], values["threads"]) if values["lpips"] else None
@@ -112,7 +124,27 @@ def run(
     print_report(report, Console(width=width, highlight=False, markup=False, emoji=False))
 
 
+def _time(
+    bundle: Path, output: Path | None, html: Path | None, quiet: bool, values: dict[str, Any]
+) -> None:
+    """Time engines and generations instead of comparing policies."""
+    for name in ("lpips", "baseline"):
+        if values[name] is not None:
+            raise click.UsageError(f"--{name} is for comparing policies. Leave it out.")
+    prompts = _read_prompts(values["prompt"], values["prompts"]) if values["generation"] else ()
+    settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
+    outputs = {"output": output, "html": html}
+    run_latency(
+        bundle,
+        lambda pipeline: choose_options(pipeline, settings),
+        prompts,
+        values | outputs,
+        quiet,
+    )
+
+
 main.add_command(run)
+main.add_command(compare_command)
 main.add_command(predict_command)
 
 

@@ -18,7 +18,7 @@ THIS_CPU = "this-cpu"
 
 @dataclass(frozen=True)
 class Device:
-    """A device.
+    """What a GPU, a Jetson or a CPU can do at best.
 
     Attributes:
         title: What the vendor calls it.
@@ -107,7 +107,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 
 
 def find_device(name: str) -> Device:
-    """Look a device up.
+    """Look up what the table says under a name.
 
     Args:
         name: A key of `DEVICES`.

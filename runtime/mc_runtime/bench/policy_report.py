@@ -6,25 +6,22 @@ Ratios say how many times a baseline takes what the policy takes: 2 is twice as 
 
 __all__ = ["DIFFUSERS", "build_report"]
 
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mc_runtime.bench.machine import describe_machine
 from mc_runtime.bench.policies import REFERENCE, Bench, Judgement, Turn, Turns, check_policies
+from mc_runtime.bench.reference import BUSY_SPREAD
 from mc_runtime.fidelity import Fidelity
 from mc_runtime.flops import Job, ModelFlops, Work, chunk_causal_work, count_work, vanilla_work
-from mc_runtime.versions import list_versions
 from motioncache import DecisionTrace, Policy
 from motioncache.options import format_options
 
 SCHEMA = "motioncache.bench/v1"
-BUSY_SPREAD = 1.3  # of the reference kernel's times, largest to smallest
 DIFFUSERS = "diffusers"  # a contender's name that no policy has
 SAME_LATENTS = 1e-3  # largest difference by which rounding explains another result
 _SCORES = ("psnr", "ssim", "lpips")
@@ -102,7 +99,7 @@ def build_report(
         "settings": asdict(bench.options),
         "prompts": list(bench.prompts),
         "rounds": bench.rounds,
-        "environment": _environment(bench.pipeline.threads),
+        "environment": describe_machine(bench.pipeline.threads),
         "reference_kernel": {
             "samples_ms": turns.reference_ms,
             "spread": spread,
@@ -218,25 +215,6 @@ def _describe_diffusers(
         "latents_max_difference": max(errors),
         "none_fidelity": _describe_fidelity(judgement.none_to_diffusers),
     }
-
-
-def _environment(threads: int | None) -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "logical_cores": os.cpu_count() or 1,
-        "threads": threads,
-        "platform": platform.platform(),
-        "versions": list_versions(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _list_caveats(

@@ -21,7 +21,7 @@ from typing import Any
 
 from mc_engines.bundle import Bundle
 from mc_engines.published import PUBLISHED
-from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
+from mc_engines.run_sizes import TEXT_TOKENS, RunSizes, WindowShape, plan_run_sizes
 from mc_runtime.bench.devices import THIS_CPU, Device, find_device
 from mc_runtime.bench.reference import measure_rates
 from mc_runtime.bench.roofline import EngineCosts, Limits, RunTime, Schedule, predict_run
@@ -39,7 +39,6 @@ MODEL_NOTE = (
     "small models look too fast. Text encoder, VAE, sampler and what crosses to the host are not "
     "in it."
 )
-TEXT_TOKENS = 512
 USABLE = 0.95  # of a memory; the rest is the driver's and other programs', assumed
 # Bytes of a weight, bytes of an activation, the type in which activations are multiplied.
 DTYPES = {

@@ -4,21 +4,29 @@ Neighbours: `policies` and `sweep` time the kernel between their turns, so that 
 the machine shows; `predict` takes the rates as the roofline of `this-cpu`.
 """
 
-__all__ = ["measure_rates", "time_kernel"]
+__all__ = ["BUSY_SPREAD", "measure_rates", "time_kernel"]
 
 import time
 
 import numpy as np
 
+BUSY_SPREAD = 1.3  # of the kernel's times: beyond, something else runs on the machine
 _KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
 _COPIED = 2**26  # bytes: beyond any cache
 _ROUNDS = 5
 
 
-def time_kernel() -> float:
-    """Return the milliseconds of some matrix products that are always the same."""
-    product = np.ones((_KERNEL_SIZE, _KERNEL_SIZE), np.float32)
-    factor = np.full_like(product, 1 / _KERNEL_SIZE)
+def time_kernel(size: int = _KERNEL_SIZE) -> float:
+    """Time some matrix products that are always the same.
+
+    Args:
+        size: Of the square matrices; 256 takes some milliseconds, 1024 a tenth of a second.
+
+    Returns:
+        Milliseconds.
+    """
+    product = np.ones((size, size), np.float32)
+    factor = np.full_like(product, 1 / size)
     start = time.perf_counter()
     for _ in range(_KERNEL_PRODUCTS):
         product = product @ factor

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_schema(kind: str) -> dict[str, Any]:
-    """Read a JSON Schema.
+    """Return what a kind of report of `mc-bench` looks like, field by field.
 
     Args:
         kind: `policies` and `latency` of `mc-bench run`, `prediction` of `mc-bench predict`.

@@ -1,0 +1,185 @@
+"""A report of engines and generations as a person reads it: on the terminal, and as a page.
+
+Neighbours: `latency_report` makes the report, `tables` has the tables.
+"""
+
+__all__ = ["print_latency", "render_latency"]
+
+import html
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from mc_engines.errors import require
+from mc_runtime.bench.tables import console_table, html_facts, html_page, html_table
+
+Report = Mapping[str, Any]
+_ENGINES = ("", "tokens", "keys", "p50 ms", "p90", "p99", "std", "GFLOP/s", "GB/s", "to kernel")
+_GENERATION = (
+    *("", "first chunk ms", "between ms", "total ms", "frames/s", "x real time", "VAE"),
+    *("reused", "padding", "MB own", "MB mapped", "MB device"),
+)
+
+
+def _tables(report: Report) -> dict[str, tuple[Sequence[str], list[list[str]]]]:
+    """Columns and rows by title, of what was measured."""
+    tables = {
+        "engines": (_ENGINES, [_engine_row(entry) for entry in report["engines"]]),
+        "generations": (_GENERATION, [_generation_row(each) for each in report["generation"]]),
+    }
+    return {title: table for title, table in tables.items() if table[1]}
+
+
+def _engine_row(entry: Mapping[str, Any]) -> list[str]:
+    latency, cost = entry["latency_ms"], entry["cost"]
+    rates = ["", ""]
+    if cost is not None:
+        rates = [f"{cost['flops_per_s'] / 1e9:.1f}", f"{cost['bytes_per_s'] / 1e9:.2f}"]
+    kernel = sorted(entry["reference_ms"])[len(entry["reference_ms"]) // 2]
+    return [
+        f"{entry['name']} ({entry['backend']})",
+        str(entry["tokens"]),
+        str(entry["keys"] or ""),
+        *(f"{latency[name]:.3g}" for name in ("p50", "p90", "p99", "std")),
+        *rates,
+        f"{latency['p50'] / kernel:.2f}",
+    ]
+
+
+def _generation_row(entry: Mapping[str, Any]) -> list[str]:
+    between, peaks = entry["inter_chunk_ms"], entry["peak_bytes"]
+    return [
+        f"{entry['policy']} ({entry['backend']})",
+        f"{entry['first_chunk_ms']['p50']:.0f}",
+        "" if between is None else f"{between['p50']:.0f}",
+        f"{entry['total_ms']['p50']:.0f}",
+        f"{entry['frames_per_second']:.2f}",
+        f"{entry['realtime_factor']:.2f}",
+        *(f"{entry[name]:.0%}" for name in ("decode_share", "reuse_ratio", "padding_waste")),
+        *(
+            f"{peaks[kind] / 1e6:.0f}" if kind in peaks else ""
+            for kind in ("anonymous", "mapped", "device")
+        ),
+    ]
+
+
+def print_latency(report: Report, console: Console) -> None:
+    """Print the tables and every caveat.
+
+    Args:
+        report: Of `build_latency_report`.
+        console: Where to.
+    """
+    for title, (columns, rows) in _tables(report).items():
+        console.print(console_table(title, columns, rows))
+    for caveat in report["caveats"]:
+        console.print(f"- {caveat}")
+
+
+def render_latency(report: Report) -> str:
+    """Write the report as one page of HTML that needs no other file.
+
+    Args:
+        report: Of `build_latency_report`.
+
+    Returns:
+        The page: charts, tables, caveats, facts.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    caveats = "".join(f"<li>{html.escape(text)}</li>" for text in report["caveats"])
+    body = "\n".join(
+        [
+            f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
+            *(_draw(draw, report) for draw in (_draw_engines, _draw_chunks)),
+            *(
+                f"<h2>{title}</h2>\n{html_table(*table)}"
+                for title, table in _tables(report).items()
+            ),
+            f"<h2>what to know</h2>\n<ul>{caveats}</ul>",
+            "<h2>measured on</h2>",
+            html_facts(_facts(report)),
+        ]
+    )
+    return html_page("mc-bench", body)
+
+
+def _facts(report: Report) -> dict[str, str]:
+    """Everything that the times depended on."""
+    environment, kernel = report["environment"], report["reference_kernel"]
+    gpu = environment["gpu"]
+    facts = {
+        "bundle": f"{report['bundle']['path']}, {report['bundle']['hash'][:12]}",
+        "measured": report["created"],
+        "command": " ".join(report["command"]),
+        **{name: str(value) for name, value in report["settings"].items()},
+        "processor": f"{environment['cpu']}, {environment['logical_cores']} logical cores",
+        "threads": str(environment["threads"] or "all physical cores"),
+        "GPU": "none" if gpu is None else f"{gpu['name']}, driver {gpu['driver']}",
+        "system": environment["platform"],
+        **environment["versions"],
+    }
+    if kernel["median_ms"] is not None:
+        facts["reference kernel"] = (
+            f"{kernel['median_ms']:.2f} ms, varied by {kernel['spread']:.2f}"
+        )
+    for name, values in report["telemetry"]["samples"].items():
+        facts[name] = f"{min(values):.4g} to {max(values):.4g}"
+    return facts
+
+
+def _draw(draw: Any, report: Report) -> str:
+    """A chart as an element of the page; nothing where there is nothing to draw."""
+    matplotlib = require("matplotlib", "bench")
+    figure = draw(report)
+    if figure is None:
+        return ""
+    with matplotlib.rc_context({"svg.hashsalt": "mc-bench"}):  # the same chart, the same bytes
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _draw_engines(report: Report) -> Any:
+    """Median of every case, with a line from its least time to the 99th percentile."""
+    entries = report["engines"]
+    if not entries:
+        return None
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        (8, 0.6 + 0.28 * len(entries)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    backends = list(dict.fromkeys(entry["backend"] for entry in entries))
+    for place, entry in enumerate(entries):
+        latency, colour = entry["latency_ms"], f"C{backends.index(entry['backend'])}"
+        axes.barh(place, latency["p50"], color=colour, alpha=0.8)
+        axes.plot([latency["min"], latency["p99"]], [place, place], color="black", linewidth=1)
+    axes.set_yticks(range(len(entries)), [_engine_row(entry)[0] for entry in entries], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms: median; the line goes from the least to the 99th percentile")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _draw_chunks(report: Report) -> Any:
+    """Time of each chunk in the order of the video, a line per policy and backend."""
+    entries = report["generation"]
+    if not entries:
+        return None
+    figure = importlib.import_module("matplotlib.figure").Figure((8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for entry in entries:
+        runs = entry["chunks_ms"]
+        medians = [sorted(times)[len(times) // 2] for times in zip(*runs, strict=True)]
+        numbers = range(1, len(medians) + 1)
+        axes.plot(numbers, medians, "o-", label=f"{entry['policy']} ({entry['backend']})")
+    axes.set_xlabel("chunk")
+    axes.set_ylabel("ms since the chunk before")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
