@@ -23,6 +23,7 @@ from mc_engines.building.engines import (
     Job,
     Outcome,
     check_attention,
+    find_attention,
     provide_engine,
 )
 from mc_engines.building.library import BACKENDS, Backend, Library, open_library
@@ -277,7 +278,7 @@ def _show(job: Job, built: Sequence[Outcome]) -> None:
     for each in engines:
         size, spent = f"{each.size / 1e6:.2f} MB", f"{each.seconds:.2f} s"
         cells = f"{each.part.name:<20}{each.form:<6}{size:>10}{spent:>10}"
-        click.echo(f"{cells}  {_describe_attention(each)}".rstrip())
+        click.echo(f"{cells}  {_describe_attention(job, each)}".rstrip())
     for outcome in built:
         for target, reason in outcome.left_out.items():
             click.echo(f"Left out: {outcome.part.name} for SM{target}: {reason}")
@@ -287,10 +288,13 @@ def _show(job: Job, built: Sequence[Outcome]) -> None:
     )
 
 
-def _describe_attention(sidecar: Sidecar) -> str:
+def _describe_attention(job: Job, sidecar: Sidecar) -> str:
     """What the library answered, and what can be seen in the engine."""
     if sidecar.fused_attention is None:
-        return ""
+        if find_attention(job.bundle, sidecar.component) is None:
+            return ""
+        name = f"{job.library.backend} {job.library.version}"
+        return f"attention not checked: {name} cannot be asked whether it is one kernel"
     answer = "is one kernel" if sidecar.fused_attention else "may be in parts"
     return f"attention {answer}; kernels seen: {sidecar.attention_kernels or 'unknown'}"
 

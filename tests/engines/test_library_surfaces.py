@@ -204,6 +204,10 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def build(monkeypatch, surface, bundle: Path, *options: object) -> StrictLibrary:
+    return run(monkeypatch, surface, bundle, *options)[0]
+
+
+def run(monkeypatch, surface, bundle: Path, *options: object) -> tuple[StrictLibrary, str]:
     library = make_library(surface, BUILDING)
     monkeypatch.setitem(sys.modules, surface.library, library.module)
     monkeypatch.setattr(build_cli, "open_gpu", lambda: SimpleNamespace(capability=GPU))
@@ -212,7 +216,7 @@ def build(monkeypatch, surface, bundle: Path, *options: object) -> StrictLibrary
     result = CliRunner().invoke(main, [str(each) for each in arguments])
     if result.exception is not None:
         raise result.exception
-    return library
+    return library, result.stdout
 
 
 @pytest.mark.parametrize("version", BY_VERSION)
@@ -234,6 +238,21 @@ def test_every_version_builds_every_graph_with_calls_that_it_has(
     assert library.count("INetworkDefinition.add_attention") == 2 * checks
     flags = {call[1] for call in library.calls if call[0] == "Builder.create_network"}
     assert flags == {1 << library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED}
+
+
+def test_attention_that_a_version_cannot_be_asked_about_is_said_not_to_be_checked(
+    bundle, monkeypatch
+) -> None:
+    for surface, checks in zip(SURFACES[:2], (False, True), strict=True):
+        shown = run(monkeypatch, surface, bundle)[1]
+        lines = [line for line in shown.splitlines() if "attention" in line]
+        said = (
+            f"attention not checked: tensorrt {surface.version} cannot be asked whether it is one"
+        )
+        assert [line.split()[0] for line in lines if said in line] == (
+            [] if checks else ["block", "text_layer"]
+        )
+        assert sum("attention is one kernel" in line for line in lines) == 2 * checks
 
 
 @pytest.mark.parametrize("version", [each for each in BY_VERSION if "rtx" not in each])
