@@ -84,7 +84,8 @@ _MEGABYTE = 2**20
     metavar="shared|baked:N",
     default="shared",
     show_default=True,
-    help="One engine for all blocks, or one per N blocks with their weights inside.",
+    help="One engine for all blocks, or one per N blocks with their weights inside, which "
+    "mc-generate does not run.",
 )
 @click.option("--workspace", type=click.IntRange(min=1), help="Megabytes of scratch memory.")
 @click.option(

@@ -312,6 +312,11 @@ def test_groups_of_layers_have_their_weights_inside(bundle: Path) -> None:
     assert both.layers == (0, 1) and "block.00-01.bf16" in both.file
 
 
+def test_the_help_says_that_generation_runs_no_groups() -> None:
+    shown = " ".join(run("--help").output.split())
+    assert "their weights inside, which mc-generate does not run." in shown
+
+
 def test_attention_that_is_not_one_kernel_is_refused_or_asked_for(bundle: Path, tmp_path) -> None:
     arguments = bundle, "--component", "block", "--dtype", "fp32", "--sm", "86"
     assert run(*arguments, code=1).stderr == (
