@@ -65,9 +65,9 @@ class Room:
         Raises:
             EngineError: There is not enough memory.
         """
-        place = self._allocate_frame(frame)
+        place = self.unused.pop() if self.unused else self._allocate_frame(frame)
         kept = replace(place)
-        (kept, self.unused.append, place)
+        weakref.finalize(kept, self.unused.append, place)
         self.device.stream.copy(kept.address, frame.address, frame.nbytes)
         return kept
 

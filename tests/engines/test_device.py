@@ -14,6 +14,7 @@ from stand_in_tensorrt import StandInLibrary, make_plan
 from mc_engines.building.bounds import VideoLimits, bound_symbols, bound_tensor
 from mc_engines.building.library import Library
 from mc_engines.bundle import Bundle
+from mc_engines.device import arrays as device_arrays
 from mc_engines.device.arrays import Transfers, allocate_array
 from mc_engines.device.cuda import Gpu, open_gpu
 from mc_engines.device.device import Device, Plan
@@ -137,6 +138,27 @@ def test_an_array_may_change_right_after_its_upload(gpu, transfers):
     transfers.upload(array, target)
     array[:] = 2
     np.testing.assert_array_equal(transfers.fetch(target)[0], np.ones(8))
+
+
+def test_what_a_pass_copies_fits_the_second_time(driver, gpu, transfers):
+    arrays = [np.arange(100, dtype=np.float32) + number for number in range(6)]
+    rooms = [allocate_array(gpu, (100,), FLOAT, "room", "") for _ in arrays]
+    waits = []
+    for _ in range(2):
+        before = driver.waits
+        for array, room in zip(arrays, rooms, strict=True):
+            transfers.upload(array, room)
+        np.testing.assert_array_equal(transfers.fetch(*rooms), arrays)
+        waits.append(driver.waits - before)
+    assert waits[0] > waits[1] == 1
+
+
+def test_many_copies_do_not_pin_as_much_memory(gpu, transfers, monkeypatch):
+    monkeypatch.setattr(device_arrays, "_MOST_PINNED", 4096)
+    room = allocate_array(gpu, (3000,), FLOAT, "room", "")
+    for size in (*[100] * 50, 3000):
+        transfers.upload(np.ones(size, np.float32), room)
+        assert len(transfers._pinned.bytes) <= max(4096, 4 * size)
 
 
 def test_memory_is_given_back(driver, gpu):

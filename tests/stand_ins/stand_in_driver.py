@@ -72,7 +72,8 @@ class StandInDriver:
         self.blocks, self.starts, self.next = {}, [], 1 << 40
         self.hosts, self.streams, self.faults = {}, [], []
         self.kernels = {"move_rows": self.move_rows}
-        self.launches, self.replays, self.waits, self.peak = 0, 0, 0, 0
+        self.launches, self.replays, self.peak = 0, 0, 0
+        self.waits, self.frees = 0, 0  # the host waits for a stream, or for all of them
         self.lock = threading.RLock()  # memory is given back by any thread
 
     # Devices and errors
@@ -128,6 +129,7 @@ class StandInDriver:
             if stream.captured is not None and stream.thread == threading.get_ident():
                 stream.spoilt = True
                 return (CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+        self.frees += 1
         for stream in self.streams:
             self.drain(stream)
         del self.blocks[address]

@@ -17,6 +17,7 @@ from mc_engines.runner import Array
 from mc_engines.specs import TensorSpec
 
 _ALIGNMENT = 256  # what engines ask of addresses
+_MOST_PINNED = 1 << 26  # bytes that transfers keep beyond what a single array needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ class Transfers:
 
     Args:
         stream: That copies, and computes.
-        size: Bytes of pinned memory to begin with; it grows.
+        size: Bytes of pinned memory to begin with; it grows until a pass waits once.
     """
 
     def __init__(self, stream: Stream, size: int = 1 << 20) -> None:
@@ -170,9 +171,12 @@ class Transfers:
         return offset
 
     def _drain(self, size: int) -> None:
+        """Wait, and make room for twice what there was to copy: it fits the next time."""
+        wanted = 2 * (self._used + size)
         self.synchronise()
-        if size > len(self._pinned.bytes):
-            self._pinned = self.stream.gpu.allocate_host(size)
+        wanted = max(size, min(wanted, _MOST_PINNED))
+        if wanted > len(self._pinned.bytes):
+            self._pinned = self.stream.gpu.allocate_host(wanted)
 
 
 def _align(size: int) -> int:

@@ -183,7 +183,7 @@ class Device:
         budget = self.gpu.free_bytes()[0] if self._max_vram is None else self._max_vram
         if layers * count_bytes(graph.weights) + cache_bytes > budget:
             return StreamedWeights(self.stream, graph.weights, layers, load, component)
-        return ResidentWeights(self.transfers, graph.weights, layers, load, component)
+        return ResidentWeights(self.stream, graph.weights, layers, load, component)
 
 
 def _read_cache(path: Path | None) -> bytes | None:

@@ -41,7 +41,7 @@ class ResidentWeights:
     """All layers, uploaded once.
 
     Args:
-        transfers: To upload with.
+        stream: To upload with.
         specs: Of a layer's weights.
         layers: How many.
         load: Gives those of a layer, mapped or cast.
@@ -55,20 +55,20 @@ class ResidentWeights:
 
     def __init__(
         self,
-        transfers: Transfers,
+        stream: Stream,
         specs: Sequence[TensorSpec],
         layers: int,
         load: Callable[[int], Arrays],
         component: str,
     ) -> None:
-        self._layers = []
+        self._layers, transfers = [], Transfers(stream)
         for layer in range(layers):
             purpose = f"the weights of {component}, layer {layer + 1} of {layers}"
-            block = allocate_block(transfers.stream.gpu, specs, purpose, _REMEDY)
+            block = allocate_block(stream.gpu, specs, purpose, _REMEDY)
             for name, array in load(layer).items():
                 transfers.upload(array, block[name])
             self._layers.append(block)
-        transfers.synchronise()
+        transfers.synchronise()  # its pinned memory is not needed any more
 
     def use(self, layer: int) -> Mapping[str, DeviceArray]:
         """Return a layer's weights."""
