@@ -1,0 +1,113 @@
+"""Hold the roofline against what was measured on this CPU, and against the published latencies.
+
+`python scripts/roofline_check.py REPORT.json` takes a report of `mc-bench run --engines`: two
+constants, operations and bytes per second, are fitted on every second pass of the sweep, and the
+error on the others is printed. Without a report only the published table is printed.
+
+Published: SkyReels-V2 DF-1.3B, 540P, 177 frames, 50 steps, on an A800, from MotionCache's table 1.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_runtime.bench.devices import DEVICES
+from mc_runtime.bench.predict import Efficiency, describe_model
+from mc_runtime.bench.roofline import EngineCosts, Limits, Schedule, predict_run
+from mc_runtime.flops import Job, published_causal_work, vanilla_work
+from mc_runtime.options import GenerationOptions
+from mc_runtime.run_plan import plan_run
+
+GOAL = 0.25  # largest relative error
+LEAST_TOKENS = 256  # of a pass that it holds for
+TEXT = (512, 512)
+# Published PFLOPs and seconds, by method.
+PUBLISHED = {
+    "vanilla": (113, 1540),
+    "FlowCache, slow": (31, 246),
+    "FlowCache, fast": (27, 214),
+    "MotionCache, slow": (30, 245),
+    "MotionCache, fast": (26, 212),
+}
+
+
+def fit(costs: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Find seconds per operation and per byte, neither negative, for the least relative errors.
+
+    Args:
+        costs: Operations and bytes of each pass, shape (n, 2).
+        seconds: That they took, shape (n,).
+    """
+    from scipy.optimize import nnls
+
+    solution, _ = nnls(costs / seconds[:, None], np.ones(len(seconds)))
+    return solution
+
+
+def check_measured(path: Path) -> bool:
+    """Fit every second pass, print the error on the others; return whether the goal is met."""
+    report = json.loads(path.read_text())
+    passes = [each for each in report["engines"] if each["component"] == "block"]
+    costs = np.array(
+        [
+            (each["cost"]["flops"], each["cost"]["bytes"] + each["cost"]["copied_bytes"])
+            for each in passes
+        ],
+        float,
+    )
+    seconds = np.array([each["latency_ms"]["p50"] for each in passes]) / 1e3
+    constants = fit(costs[::2], seconds[::2])
+    rates = [1 / constant if constant else np.inf for constant in constants]
+    print(f"fitted: {rates[0] / 1e9:.1f} GFLOP/s, {rates[1] / 1e9:.2f} GB/s")
+    met = True
+    for index, each in enumerate(passes):
+        error = costs[index] @ constants / seconds[index] - 1
+        held = index % 2 == 1
+        counts = held and each["tokens"] >= LEAST_TOKENS
+        met &= not counts or abs(error) <= GOAL
+        print(
+            f"  {each['name']:<36}{each['tokens']:>6} tokens {1e3 * seconds[index]:>9.2f} ms "
+            f"{error:>+8.1%} {'held out' if held else 'fitted'}"
+        )
+    print(f"within {GOAL:.0%} for every held-out pass of {LEAST_TOKENS} tokens: {met}")
+    return met
+
+
+def print_published() -> None:
+    """Print the model's latency ratios beside the published ones."""
+    model = describe_model("skyreels-df-1.3b-540p")
+    options = GenerationOptions(num_frames=177, height=544, width=960)
+    plan = plan_run(options, 0, model.grid)
+    job = Job.from_plan(plan, TEXT)
+    device, efficiency = DEVICES["a800"], Efficiency()
+    rate = device.flops["bf16"]
+    limits = Limits(rate, rate, device.bandwidth, efficiency.flops, efficiency.bandwidth)
+    costs = EngineCosts(model.flops, 5 * plan.shape.tokens, 2, 2)
+    nothing_skipped = published_causal_work(model.flops, job).total
+    seconds = {"vanilla": vanilla_work(model.flops, job).total / (rate * efficiency.flops)}
+    for method, (petaflops, _) in PUBLISHED.items():
+        if method != "vanilla":
+            share = petaflops * 1e15 / nothing_skipped
+            schedule = Schedule.of_plan(plan, TEXT, share)
+            seconds[method] = float(predict_run(costs, schedule, limits).seconds[1])
+    print(f"{'':<20}{'published s':>12}{'ratio':>8}{'model s':>12}{'ratio':>8}")
+    for method, (_, published) in PUBLISHED.items():
+        ratio = PUBLISHED["vanilla"][1] / published
+        ours = seconds["vanilla"] / seconds[method]
+        print(f"{method:<20}{published:>12}{ratio:>8.2f}{seconds[method]:>12.0f}{ours:>8.2f}")
+
+
+def main() -> int:
+    """Return 0 if the goal is met, or no report was given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", type=Path, nargs="?")
+    arguments = parser.parse_args()
+    print_published()
+    return int(arguments.report is not None and not check_measured(arguments.report))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
