@@ -67,7 +67,7 @@ class Stage:
 
 _STAGES = (
     Stage(2_200, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
-    Stage(5_200, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
+    Stage(5_600, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
     Stage(float("inf"), ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
 )
 _SAVE_EVERY = 180  # seconds
