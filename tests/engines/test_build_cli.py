@@ -1,5 +1,6 @@
 """`mc-build`: engines in the bundle or beside it, none built twice, nothing broken by a crash."""
 
+import json
 import shutil
 import signal
 from functools import partial
@@ -159,6 +160,28 @@ def test_clean_removes_what_is_damaged_and_says_so(bundle: Path, tmp_path: Path)
         assert f"Removed {name}: damaged, or left by a command that was inter" in result.stderr
     left = sorted(path.name for path in half.parent.iterdir())
     assert left == [half.name, f"{half.name}.json"]
+
+
+def test_clean_removes_what_was_compiled_for_engines_that_are_gone(bundle: Path) -> None:
+    run(bundle, *SMALL)
+    engines = sorted(bundle.glob("engines/*/*.engine"))
+    caches = [path.with_name(f"{path.name}.sm86.cache") for path in engines]
+    for path in caches:
+        path.write_bytes(b"compiled")
+    run(bundle, "--component", "embed", "--clean")
+    assert [path.name.split(".")[0] for path in caches if path.exists()] == ["embed"]
+    assert find_faults(bundle) == []
+
+
+@pytest.mark.parametrize("change", [{"layers": ["x"]}, {"left_out": None}, {"profiles": [1]}])
+def test_a_sidecar_with_other_types_does_not_stop_clean(bundle: Path, tmp_path, change) -> None:
+    folder = tmp_path / "engines"
+    run(bundle, *SMALL, "--engines", folder)
+    (path,) = folder.rglob("combine.*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    result = run(bundle, "--component", "embed", "--engines", folder, "--clean")
+    assert f"{path.name}: damaged, or left by" in result.stderr
+    assert len(list(folder.rglob("*.engine*"))) == 2
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1, 2"])
@@ -346,19 +369,24 @@ def test_what_cannot_be_built_for_a_target_is_left_out_of_it_and_listed(bundle, 
     assert read_files(folder) == files
 
 
-def test_what_was_asked_for_by_name_is_not_left_out(bundle: Path) -> None:
-    arguments = bundle, *HALF, "--component", "text_layer"
-    result = run(*arguments, "--sm", "75,86", code=1)
-    assert result.stderr.startswith("text_layer.fp16.onnx: expected an engine for SM75, got: ")
-    assert result.stderr.endswith("Leave out the target or the dtype that it names.\n")
-    run(*arguments, "--sm", "86")
+def test_what_was_asked_for_by_name_is_not_left_out(bundle: Path, monkeypatch) -> None:
+    arguments = *HALF, "--component", "text_layer"
+    refused = run(bundle, *arguments, "--sm", "75,86", code=1).stderr
+    assert refused.startswith("text_layer.fp16.onnx: expected an engine for SM75, got: ")
+    assert refused.endswith("Leave out the target or the dtype that it names.\n")
+    run(bundle, *arguments, "--sm", "86")
+    with monkeypatch.context() as all_of_it:  # as a build of everything leaves it
+        all_of_it.setattr(build_cli, "_choose_components", lambda *_: ["text_layer"])
+        run(bundle, *HALF, "--sm", "75,86")
+    assert run(bundle, *arguments, "--sm", "75,86", code=1).stderr == refused
 
 
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
         ("combine", "combine.bf16.onnx: expected an engine for SM86, got none. Stop."),
-        ("motion", None),
+        ("motion", "motion.bf16.onnx: expected an engine for SM86, got none. Stop."),
+        ("text_norm", None),
     ],
 )
 def test_a_required_component_fails_naming_the_target(bundle, monkeypatch, bad, expected) -> None:

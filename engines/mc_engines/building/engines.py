@@ -35,7 +35,7 @@ from mc_engines.errors import BuildError, EngineError
 from mc_engines.specs import Precision
 
 # What runs in every pass, and what makes the keys of the text: there is no run on a GPU without it.
-REQUIRED = ("block", "context", "embed", "head", "combine")
+REQUIRED = ("block", "text_projection", "context", "embed", "head", "motion", "combine")
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ def provide_engine(job: Job, part: Part, fused: bool | None, advance: Advance) -
     file = engine_file(library.backend, library.version, part, form, inputs)
     found = job.store.find(file, inputs)
     if found is not None:
+        if found.left_out and part.component in job.required:
+            raise BuildError(next(iter(found.left_out.values())))
         return Outcome(part, found, found.left_out)
     start = time.monotonic()
     with TemporaryDirectory() as folder:

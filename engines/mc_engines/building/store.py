@@ -23,7 +23,7 @@ from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
 from mc_engines.bundle_files import lock_folder, replace_file
 from mc_engines.errors import BundleError, EngineError
-from mc_engines.manifest import ENGINES_FOLDER, hash_file, read_manifest
+from mc_engines.manifest import CACHE_SUFFIX, ENGINES_FOLDER, hash_file, read_manifest
 
 SCHEMA = "motioncache.engine/v1"
 _KEY_DIGITS = 16
@@ -118,8 +118,13 @@ class Sidecar:
         try:
             value = json.loads(data)
             known = {SCHEMA: value}[value["schema"]]
-            lists = {name: tuple(known[name]) for name in ("layers", "targets", "profiles")}
-            return cls(**{entry.name: known[entry.name] for entry in fields(cls)} | lists)
+            typed = {
+                "layers": tuple(map(int, known["layers"])),
+                "targets": tuple(map(int, known["targets"])),
+                "profiles": tuple(map(dict, known["profiles"])),
+                "left_out": dict(known["left_out"]),
+            }
+            return cls(**{entry.name: known[entry.name] for entry in fields(cls)} | typed)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"{path}: expected the sidecar of an engine, got {error}. Run mc-build --clean."
@@ -285,6 +290,10 @@ class EngineStore:
             ]
             for path in strays:
                 path.unlink()
+            # What a library compiled for an engine that is gone is no fault, and is not named.
+            for path in (self.root / ENGINES_FOLDER).glob(f"*/*{CACHE_SUFFIX}"):
+                if _engine_of_cache(path.relative_to(self.root).as_posix()) not in known:
+                    path.unlink()
         return [path.relative_to(self.root).as_posix() for path in strays]
 
     @contextmanager
@@ -295,3 +304,8 @@ class EngineStore:
             yield
         finally:
             lock.release()
+
+
+def _engine_of_cache(name: str) -> str:
+    """The engine that `X.engine.sm86.cache` lies beside."""
+    return name[: name.rfind(".engine") + len(".engine")]
