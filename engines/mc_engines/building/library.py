@@ -42,6 +42,19 @@ _NO_TARGETS = ("NONE", "CURRENT")  # members of ComputeCapability that name no g
 
 
 @dataclass(frozen=True)
+class RuntimeConfig:
+    """How contexts of an engine are opened.
+
+    Attributes:
+        raw: Of the library.
+        cache: What it compiles for this GPU; the binding of 1.7.1 keeps no reference to it.
+    """
+
+    raw: Any
+    cache: Any
+
+
+@dataclass(frozen=True)
 class Library:
     """TensorRT or TensorRT-RTX, imported, and what this version of it can do.
 
@@ -101,7 +114,7 @@ class Library:
         runtime = self.module.Runtime(log)
         return runtime, runtime.deserialize_cuda_engine(plan)
 
-    def create_runtime_config(self, engine: Any, cache: bytes | None) -> Any:
+    def create_runtime_config(self, engine: Any, cache: bytes | None) -> RuntimeConfig | None:
         """Return how contexts of an engine are opened; None for a library that has no such thing.
 
         Args:
@@ -120,12 +133,12 @@ class Library:
         if cache:
             compiled.deserialize(cache)
         config.set_runtime_cache(compiled)
-        return config
+        return RuntimeConfig(config, compiled)
 
-    def open_context(self, engine: Any, config: Any) -> Any:
+    def open_context(self, engine: Any, config: RuntimeConfig | None) -> Any:
         """Return a context without memory of its own; None where it fails."""
         if config is not None:
-            return engine.create_execution_context(config)
+            return engine.create_execution_context(config.raw)
         strategy = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         return engine.create_execution_context(strategy)
 
@@ -134,9 +147,17 @@ class Library:
         ask = getattr(context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream))
 
-    def read_runtime_cache(self, config: Any) -> bytes | None:
-        """Return what was compiled for this GPU so far; None for a library that keeps nothing."""
-        return None if config is None else bytes(config.get_runtime_cache().serialize())
+    def read_runtime_cache(self, config: RuntimeConfig | None) -> bytes | None:
+        """Return what was compiled for this GPU so far.
+
+        Args:
+            config: Of `create_runtime_config`.
+
+        Returns:
+            The bytes; None where the library keeps nothing, or cannot give it.
+        """
+        data = None if config is None else config.cache.serialize()
+        return None if data is None else bytes(data)
 
     def load_timing_cache(self, config: Any, path: Path) -> None:
         """Let a build reuse the times of earlier ones; without the file it starts with none.
