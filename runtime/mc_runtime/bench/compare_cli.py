@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mc_engines.command import FAILURE, command
 from mc_runtime.bench.compare import Comparison, compare_reports, read_report
-from mc_runtime.bench.tables import console_table
+from mc_runtime.bench.tables import print_tables
 from mc_runtime.flags import INPUT
 
 _PLAIN_WIDTH = 110  # columns where the output is not a terminal
@@ -73,9 +73,8 @@ def _print(comparison: Comparison, relative: float, absolute: float, quiet: bool
         ]
         for row in comparison.rows
     ]
-    console.print(console_table("after, over before", _COLUMNS, rows))
-    for line in () if quiet else _notes(comparison, relative, absolute):
-        console.print(f"- {line}")
+    notes = [] if quiet else _notes(comparison, relative, absolute)
+    print_tables({"after, over before": (_COLUMNS, rows)}, notes, console)
 
 
 def _notes(comparison: Comparison, relative: float, absolute: float) -> list[str]:

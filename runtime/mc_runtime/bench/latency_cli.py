@@ -34,7 +34,7 @@ _ITERATIONS, _QUICK_ITERATIONS = 30, 5
 
 _FLAGS = (
     click.option("--engines", is_flag=True, help="Time every engine and every kind of pass."),
-    click.option("--generation", is_flag=True, help="Time whole generations, and their memory."),
+    click.option("--generation", is_flag=True, help="Time videos of the first prompt, and memory."),
     click.option(
         "--backend",
         "backends",

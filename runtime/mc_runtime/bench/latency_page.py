@@ -7,14 +7,20 @@ __all__ = ["print_latency", "render_latency"]
 
 import html
 import importlib
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from mc_engines.errors import require
-from mc_runtime.bench.tables import console_table, html_facts, html_page, html_table
+from mc_runtime.bench.tables import (
+    Tables,
+    draw_svg,
+    html_facts,
+    html_page,
+    html_table,
+    print_tables,
+)
 
 Report = Mapping[str, Any]
 _ENGINES = ("", "tokens", "keys", "p50 ms", "p90", "p99", "std", "GFLOP/s", "GB/s", "to kernel")
@@ -24,7 +30,7 @@ _GENERATION = (
 )
 
 
-def _tables(report: Report) -> dict[str, tuple[Sequence[str], list[list[str]]]]:
+def _tables(report: Report) -> Tables:
     """Columns and rows by title, of what was measured."""
     tables = {
         "engines": (_ENGINES, [_engine_row(entry) for entry in report["engines"]]),
@@ -73,10 +79,7 @@ def print_latency(report: Report, console: Console) -> None:
         report: Of `build_latency_report`.
         console: Where to.
     """
-    for title, (columns, rows) in _tables(report).items():
-        console.print(console_table(title, columns, rows))
-    for caveat in report["caveats"]:
-        console.print(f"- {caveat}")
+    print_tables(_tables(report), report["caveats"], console)
 
 
 def render_latency(report: Report) -> str:
@@ -95,7 +98,8 @@ def render_latency(report: Report) -> str:
     body = "\n".join(
         [
             f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
-            *(_draw(draw, report) for draw in (_draw_engines, _draw_chunks)),
+            draw_svg(_draw_engines(report)) if report["engines"] else "",
+            draw_svg(_draw_chunks(report)) if report["generation"] else "",
             *(
                 f"<h2>{title}</h2>\n{html_table(*table)}"
                 for title, table in _tables(report).items()
@@ -132,23 +136,10 @@ def _facts(report: Report) -> dict[str, str]:
     return facts
 
 
-def _draw(draw: Any, report: Report) -> str:
-    """A chart as an element of the page; nothing where there is nothing to draw."""
-    matplotlib = require("matplotlib", "bench")
-    figure = draw(report)
-    if figure is None:
-        return ""
-    with matplotlib.rc_context({"svg.hashsalt": "mc-bench"}):  # the same chart, the same bytes
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
 def _draw_engines(report: Report) -> Any:
     """Median of every case, with a line from its least time to the 99th percentile."""
+    require("matplotlib", "bench")
     entries = report["engines"]
-    if not entries:
-        return None
     figure = importlib.import_module("matplotlib.figure").Figure(
         (8, 0.6 + 0.28 * len(entries)), layout="constrained"
     )
@@ -167,9 +158,8 @@ def _draw_engines(report: Report) -> Any:
 
 def _draw_chunks(report: Report) -> Any:
     """Time of each chunk in the order of the video, a line per policy and backend."""
+    require("matplotlib", "bench")
     entries = report["generation"]
-    if not entries:
-        return None
     figure = importlib.import_module("matplotlib.figure").Figure((8, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for entry in entries:

@@ -120,7 +120,8 @@ class Monitor:
 
     Attributes:
         peaks: Largest resident bytes of this process, by kind: anonymous, mapped, shared, and
-            `total` of all three at one moment; empty where /proc does not tell.
+            `total` of all three at one moment, where /proc tells; `device` is what is in use of a
+            GPU's memory, by every program.
         series: Samples by name, every half second.
         throttling: Why a GPU's clocks were lower than asked for.
     """
@@ -159,6 +160,7 @@ class Monitor:
             self.series.setdefault(name, []).append(value)
         if gpu is not None:
             self.throttling |= gpu.throttling()
+            self.peaks["device"] = int(max(self.series["gpu_memory_bytes"]))
 
     def to_json(self) -> dict[str, Any]:
         """What was seen, ready for JSON."""

@@ -7,15 +7,21 @@ __all__ = ["draw_plot", "print_report", "render_page"]
 
 import html
 import importlib
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from mc_engines.errors import require
-from mc_runtime.bench.tables import console_table, html_facts, html_page, html_table
+from mc_runtime.bench.tables import (
+    Tables,
+    draw_svg,
+    html_facts,
+    html_page,
+    html_table,
+    print_tables,
+)
 
 Report = Mapping[str, Any]
 _TIME = ("", "seconds", "speed-up", "by FLOPs", "verdict", "outside engines", "policy")
@@ -30,7 +36,7 @@ _FIDELITY = (
 _VANILLA, _CAUSAL = "every_chunk_every_row", "chunk_causal"
 
 
-def _tables(report: Report) -> dict[str, tuple[Sequence[str], list[list[str]]]]:
+def _tables(report: Report) -> Tables:
     """Columns and rows by title; fidelity only where there are frames."""
     tables = {
         "time": (_TIME, _time_rows(report)),
@@ -118,10 +124,7 @@ def print_report(report: Report, console: Console) -> None:
         report: Of `build_report`.
         console: Where to.
     """
-    for title, (columns, rows) in _tables(report).items():
-        console.print(console_table(title, columns, rows))
-    for caveat in report["caveats"]:
-        console.print(f"- {caveat}")
+    print_tables(_tables(report), report["caveats"], console)
 
 
 def render_page(report: Report) -> str:
@@ -140,7 +143,7 @@ def render_page(report: Report) -> str:
     body = "\n".join(
         [
             f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
-            _draw_svg(report) if _fidelity_rows(report) else "",
+            draw_svg(draw_plot(report)) if _fidelity_rows(report) else "",
             *(f"<h2>{title}</h2>\n{html_table(*table)}" for title, table in tables.items()),
             "<h2>what to know</h2>",
             f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in report['caveats'])}</ul>",
@@ -170,15 +173,6 @@ def _facts(report: Report) -> dict[str, str]:
         "reference kernel": f"{min(kernel):.1f} to {max(kernel):.1f} ms",
         **versions,
     }
-
-
-def _draw_svg(report: Report) -> str:
-    """The plot as an element of the page."""
-    matplotlib = require("matplotlib", "bench")
-    with matplotlib.rc_context({"svg.hashsalt": "mc-bench"}):  # the same plot, the same bytes
-        text = io.StringIO()
-        draw_plot(report).savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def draw_plot(report: Report) -> Any:

@@ -22,7 +22,7 @@ from mc_runtime.bench.predict import (
     describe_model,
     predict,
 )
-from mc_runtime.bench.tables import console_table
+from mc_runtime.bench.tables import print_tables
 from mc_runtime.flags import FILE, INPUT, setting_options
 from mc_runtime.output_file import check_output, write_text
 from motioncache import DecisionTrace
@@ -115,13 +115,11 @@ def _print(report: Mapping[str, Any], console: Console) -> None:
         f"{report['model']} on {device['title']}, {report['dtype']}: {size}, "
         f"{settings['num_inference_steps']} steps, {report['computed_share']:.0%} of the tokens"
     )
-    for title, (columns, rows) in {
+    tables = {
         "time, in seconds": (("", "at least", "estimate", "first chunk"), _time_rows(report)),
         "memory of the device, in GB": (("", "GB"), _memory_rows(report)),
-    }.items():
-        console.print(console_table(title, columns, rows))
-    for line in (*_verdict(report["memory"]), *_notes(report)):
-        console.print(f"- {line}")
+    }
+    print_tables(tables, (*_verdict(report["memory"]), *_notes(report)), console)
 
 
 def _time_rows(report: Mapping[str, Any]) -> list[list[str]]:

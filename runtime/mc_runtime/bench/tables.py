@@ -3,13 +3,28 @@
 Neighbours: `page` fills them for `mc-bench run`, `predict_cli` and `compare_cli` for the others.
 """
 
-__all__ = ["console_table", "html_facts", "html_page", "html_table"]
+__all__ = [
+    "Tables",
+    "console_table",
+    "draw_svg",
+    "html_facts",
+    "html_page",
+    "html_table",
+    "print_tables",
+]
 
 import html
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
+
+from mc_engines.errors import require
+
+Tables = Mapping[str, tuple[Sequence[str], list[list[str]]]]  # columns and rows by title
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
@@ -31,6 +46,23 @@ def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_tables(tables: Tables, notes: Iterable[str], console: Console) -> None:
+    """Print tables, and below them what a reader has to know."""
+    for title, (columns, rows) in tables.items():
+        console.print(console_table(title, columns, rows))
+    for note in notes:
+        console.print(f"- {note}")
+
+
+def draw_svg(figure: Any) -> str:
+    """Write a matplotlib figure as an element of a page; the same chart gives the same bytes."""
+    matplotlib = require("matplotlib", "bench")
+    with matplotlib.rc_context({"svg.hashsalt": "mc-bench"}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
