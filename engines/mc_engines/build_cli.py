@@ -38,7 +38,7 @@ _HOST = ("timestep",)  # runs once per run, in ONNX Runtime on every target
 _DEFAULT_TARGETS = (80, 86, 89, 120)  # Ampere (A100, RTX 30), Ada (RTX 40), Blackwell (RTX 50)
 _WITHOUT_BF16 = (75,)
 _HEIGHT, _WIDTH = 544, 960  # of a bundle that does not say what it was trained for
-_MEGABYTE = 2**20
+_MEGABYTE = 10**6
 
 
 @command("mc-build")

@@ -41,7 +41,7 @@ ONNXRUNTIME_BACKENDS: dict[str, Provider] = {  # of ONNX Runtime, by backend
     "onnxruntime-cuda": "cuda",
     "onnxruntime-tensorrt-rtx": "nv-tensorrt-rtx",
 }
-_MEGABYTE = 2**20
+_MEGABYTE = 10**6
 _OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
 _HELP = {
     "num_frames": "Frames of the video.",

@@ -24,6 +24,7 @@ from mc_engines.command import INTERRUPTED, command
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.errors import require
 from mc_engines.onnxruntime_providers import try_provider
+from mc_runtime.device_passes import DevicePasses
 from mc_runtime.display import Display
 from mc_runtime.flags import (
     FILE,
@@ -176,6 +177,15 @@ def _open_backend(
     }
 
 
+def _describe_weights(pipeline: VideoPipeline) -> str:
+    """Say whether the blocks' weights fit into the memory that they may take."""
+    passes = pipeline.passes
+    assert isinstance(passes, DevicePasses)
+    if passes.streams_weights:
+        return "The blocks' weights are streamed, two layers at a time: they do not all fit."
+    return "The blocks' weights stay on the GPU."
+
+
 def _tell_differences(
     recorded: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
@@ -305,6 +315,8 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
             note=say,
             options=run.options,
         )
+        if "gpu" in run.ran_on:
+            say(_describe_weights(run.pipeline))
         writer = None
         if run.output is not None:
             size = (run.options.width, run.options.height)

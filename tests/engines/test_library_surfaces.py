@@ -231,7 +231,8 @@ def test_every_version_builds_every_graph_with_calls_that_it_has(
     rtx, checks = surface is RTX, "add_attention" in surface.names["INetworkDefinition"]
     targets = (80, 86, 89, 120) if rtx else (GPU,)
     assert {each.targets for each in sidecars} == {targets}
-    assert library.count("IBuilderConfig.set_memory_pool_limit") == 13
+    limits = [call[2] for call in library.calls if call[0].endswith(".set_memory_pool_limit")]
+    assert limits == 13 * [64_000_000]
     # one profile for RTX; else 5 buckets, which only block and combine can tell apart
     profiles = 13 if rtx else 11 + 5 + 5
     assert library.count("IBuilderConfig.add_optimization_profile") == profiles + 2 * checks

@@ -19,7 +19,9 @@ from mc_engines.device.cuda import Gpu
 from mc_engines.onnxruntime_providers import create_session
 from mc_runtime import generate_cli
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
+from mc_runtime.flags import choose_device
 from mc_runtime.generate_cli import main
+from mc_runtime.options import GenerationOptions
 
 SIZES = "--height", 32, "--width", 32, "--num-frames", 37, "--num-inference-steps", 4
 ON_GPU = "--backend", "tensorrt-rtx", "--dtype", "fp32"
@@ -95,6 +97,19 @@ def test_an_engine_that_is_missing_is_named_with_the_command_that_makes_it(
     result, _ = run(tiny_bundle, tmp_path / "a.mp4", *ON_GPU, "--engines", folder, code=1)
     assert "head.fp32: expected an engine of tensorrt-rtx" in result.output
     assert "Run: mc-build" in result.output and "--height 32" in result.output
+
+
+def test_it_is_said_whether_weights_stay_or_are_streamed(tiny_bundle, tmp_path, folder, driver):
+    arguments = *ON_GPU, "--engines", folder
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *arguments)
+    assert "The blocks' weights stay on the GPU.\n" in result.output
+    result, _ = run(tiny_bundle, tmp_path / "b.mp4", *arguments, "--max-vram", 1)
+    assert "The blocks' weights are streamed, two layers at a time" in result.output
+
+
+def test_a_megabyte_is_a_million_bytes_as_in_every_message():
+    values = {"backend": "tensorrt", "max_vram": 7, "dtype": None, "engines": None, "device": None}
+    assert choose_device(values, GenerationOptions()).max_vram == 7_000_000
 
 
 def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder, driver):
