@@ -25,7 +25,7 @@ from mc_engines.building.compile import (
     name_targets,
 )
 from mc_engines.building.library import open_library
-from mc_engines.building.network import find_silent_drops, parse_graph
+from mc_engines.building.network import find_silent_drops, has_softmax, parse_graph
 from mc_engines.building.store import EngineStore
 from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
@@ -471,6 +471,29 @@ def test_an_operator_that_needs_a_plugin_is_named(tmp_path: Path) -> None:
     x, y = value("x", onnx.TensorProto.FLOAT, 4), value("y", onnx.TensorProto.INT64, 1, "n")
     path = save_graph(tmp_path / "n.onnx", [node], [x], [y])
     assert find_silent_drops(path) == ["NonZero, which needs a plugin"]
+
+
+@pytest.mark.parametrize("where", ["branch", "function"])
+def test_what_would_be_dropped_is_found_inside_of_branches_and_functions(tmp_path, where) -> None:
+    """Both are graphs of their own, which the file's main graph refers to."""
+    node = make.make_node("NonZero", ["x"], ["y"])
+    x, y = value("x", onnx.TensorProto.FLOAT, 4), value("y", onnx.TensorProto.INT64, 1, "n")
+    softmax = make.make_node("Softmax", ["x"], ["z"])
+    functions = []
+    if where == "branch":
+        inner = make.make_graph([node, softmax], "inner", [], [y])
+        deeper = make.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+        outer = make.make_graph([deeper], "outer", [], [y])
+        node = make.make_node("If", ["c"], ["y"], then_branch=outer, else_branch=outer)
+    else:
+        opsets = [make.make_opsetid("", 20)]
+        functions = [make.make_function("own", "Find", ["x"], ["y"], [node, softmax], opsets)]
+        node = make.make_node("Find", ["x"], ["y"], domain="own")
+    condition = value("c", onnx.TensorProto.BOOL)
+    graph = make.make_graph([node], "g", [x, condition], [y])
+    onnx.save(make.make_model(graph, functions=functions), tmp_path / "n.onnx")
+    assert set(find_silent_drops(tmp_path / "n.onnx")) == {"NonZero, which needs a plugin"}
+    assert has_softmax(tmp_path / "n.onnx")
 
 
 def test_a_graph_that_cannot_be_parsed_names_the_operator(library, tmp_path: Path) -> None:

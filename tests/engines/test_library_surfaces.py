@@ -17,9 +17,12 @@ from strict_library import StrictLibrary, make_library, read_surfaces
 
 from mc_engines import build_cli
 from mc_engines.build_cli import main
+from mc_engines.building.bounds import VideoLimits, bound_symbols
+from mc_engines.building.compile import Request, build_plan
 from mc_engines.building.library import Library
 from mc_engines.building.store import EngineStore
 from mc_engines.bundle import Bundle
+from mc_engines.errors import BuildError
 
 SURFACES = read_surfaces(Path(__file__).parent / "data" / "surfaces.json")
 BY_VERSION = {f"{each.library} {each.version}": each for each in SURFACES}
@@ -292,6 +295,24 @@ def test_an_engine_of_tensorrt_is_for_the_gpu_that_built_it(bundle, monkeypatch)
         [(90,), (120,)],
         [(120,), (90,)],
     )
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [
+        (Builder, "build_serialized_network", "Leave out the target or the dtype that it names."),
+        (OnnxParser, "parse_from_file", "Use another version, or run it with ONNX Runtime."),
+    ],
+)
+def test_a_library_that_fails_without_a_word_has_no_reason(bundle, owner, name, said) -> None:
+    silent = type(owner.__name__, (), {**vars(owner), name: lambda *_: None})
+    module = make_library(SURFACES[0], {**BUILDING, owner.__name__: silent}).module
+    opened = Bundle.open(bundle)
+    symbols = bound_symbols(opened.manifest.config, VideoLimits(64, 64, 97, 5))
+    graph, path = opened.graph("embed", "bf16"), opened.graph_path("embed", "bf16")
+    with pytest.raises(BuildError) as error:
+        build_plan(Library("tensorrt", module), graph, path, Request((GPU,), [symbols]))
+    assert str(error.value).endswith(f", got: no reason. {said}")
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"other GPU"])

@@ -23,7 +23,7 @@ from typing import Any
 from mc_engines.building.bounds import Bounds, Shape, bound_tensor
 from mc_engines.building.interrupt import Interrupt, hold_interrupt
 from mc_engines.building.library import Library
-from mc_engines.building.network import parse_graph
+from mc_engines.building.network import join_reasons, parse_graph
 from mc_engines.errors import BuildError, EngineError
 from mc_engines.specs import GraphSpec, Precision
 
@@ -115,7 +115,7 @@ def _build_plan(
     if plan is None:
         raise BuildError(
             f"{path.name}: expected an engine for {name_targets(request.targets)}, got: "
-            f"{'; '.join(log.errors)}. Leave out the target or the dtype that it names."
+            f"{join_reasons(log.errors)}. Leave out the target or the dtype that it names."
         )
     if request.timing_cache is not None:
         library.save_timing_cache(config, request.timing_cache)

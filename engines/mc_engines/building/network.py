@@ -3,9 +3,9 @@
 Neighbours: `library` has the parser, `compile` builds what comes out.
 """
 
-__all__ = ["Parsed", "find_silent_drops", "has_softmax", "parse_graph"]
+__all__ = ["Parsed", "find_silent_drops", "has_softmax", "join_reasons", "parse_graph"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,10 @@ def parse_graph(library: Library, log: Any, graph: GraphSpec, path: Path) -> Par
     parser = library.module.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(number) for number in range(parser.num_errors)]
-        reasons = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors)
+        reasons = [f"{error.node_operator()}: {error.desc()}" for error in errors]
         raise BuildError(
             f"{path.name}: expected a graph that {library.backend} {library.version} can parse, "
-            f"got: {reasons}. Use another version, or run it with ONNX Runtime."
+            f"got: {join_reasons(reasons)}. Use another version, or run it with ONNX Runtime."
         )
     _check_tensors(library, path, network, graph)
     return Parsed(network, builder, parser, log)
@@ -92,7 +92,7 @@ def find_silent_drops(path: Path) -> list[str]:
     """
     onnx = require("onnx", "rtx")
     faults = []
-    for node in onnx.load(path, load_external_data=False).graph.node:
+    for node in _walk(onnx.load(path, load_external_data=False)):
         inputs, attributes = _DROPPED.get(node.op_type, ((), ()))
         given = [node.input[place] for place in inputs if len(node.input) > place]
         named = [each.name for each in node.attribute if each.name in attributes]
@@ -116,8 +116,24 @@ def has_softmax(path: Path) -> bool:
     Raises:
         MissingExtraError: onnx is not installed.
     """
-    nodes = require("onnx", "rtx").load(path, load_external_data=False).graph.node
+    nodes = _walk(require("onnx", "rtx").load(path, load_external_data=False))
     return any(node.op_type == "Softmax" for node in nodes)
+
+
+def join_reasons(reasons: Sequence[str]) -> str:
+    """Join what a library said, which may be nothing."""
+    return "; ".join(reasons) or "no reason"
+
+
+def _walk(model: Any) -> Iterator[Any]:
+    """Every node of a model: of its functions, and inside of the branches of others."""
+    pending = [*model.graph.node, *(node for each in model.functions for node in each.node)]
+    while pending:
+        node = pending.pop(0)
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                pending += graph.node
 
 
 def _check_tensors(library: Library, path: Path, network: Any, graph: GraphSpec) -> None:
