@@ -24,7 +24,7 @@ from mc_engines.device.runner import DeviceRunner
 from mc_engines.errors import EngineError
 from mc_engines.onnxruntime_runner import open_runner
 
-TARGETS = 75, 80, 86, 87, 89, 90, 120
+TARGETS = 75, 80, 86, 87, 89, 90, 110, 120, 121
 FLOAT = np.dtype(np.float32)
 
 
