@@ -69,10 +69,8 @@ class Diagnosis:
 
     @property
     def is_good(self) -> bool:
-        """Whether generation can run at all, and nothing is wrong."""
-        return any(self.can_generate.values()) and all(
-            finding.state != "bad" for finding in self.findings
-        )
+        """Whether generation can run at all: what is bad beside that is a finding."""
+        return any(self.can_generate.values())
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

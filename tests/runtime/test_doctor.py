@@ -225,6 +225,23 @@ def test_the_command_prints_a_table_or_json(machine, tiny_bundle, engines):
     assert value["good"] and value["can_generate"]["cpu"]
 
 
+def test_a_broken_library_beside_a_working_cpu_is_a_finding_not_a_failure(
+    machine, monkeypatch, tiny_bundle, engines
+):
+    """The issue: exit code 0 only if generation can run; it can."""
+
+    def broken(backend):
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "open_library", broken)
+    (sidecar,) = engines.rglob("embed.*.json")
+    sidecar.write_text("{")
+    value = json.loads(run("--doctor", "--json", tiny_bundle, "--engines", engines, code=0).output)
+    bad = [finding["subject"] for finding in value["findings"] if finding["state"] == "bad"]
+    assert len(bad) == 3 and value["good"]
+    assert [name for name, can in value["can_generate"].items() if can] == ["cpu"]
+
+
 def test_the_command_fails_where_nothing_can_run(machine, monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda package: "1.31.1")
     assert "generated with: nothing." in run("--doctor", code=1).output
