@@ -6,10 +6,10 @@ The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `Vae
 
 __all__ = ["Video", "VideoPipeline"]
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mc_engines.runner import Runner
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
 from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
 from mc_runtime.inputs import check_array, check_policy, pick_texts
+from mc_runtime.opened_once import opened_once
 from mc_runtime.options import GenerationOptions
 from mc_runtime.passes import HostPasses, Passes
 from mc_runtime.run_plan import RunPlan, plan_run
@@ -81,6 +82,7 @@ class VideoPipeline:
         self.threads = threads
         self.provider = provider
         self._device_options: DeviceOptions | None = None
+        self._opening = threading.RLock()
 
     def use_device(self, options: DeviceOptions) -> None:
         """Run on a GPU from now on, to be called before the first generation.
@@ -90,11 +92,15 @@ class VideoPipeline:
         """
         self._device_options = options
 
-    @cached_property
+    @opened_once
     def device(self) -> Device | None:
-        """The GPU with the engines of the transformer, and of other parts as far as there are any.
+        """The GPU with the engines of the transformer, and of other parts where there are any.
 
-        Raises EngineError where one is missing, and says which command makes it.
+        Returns:
+            It; None where everything runs in ONNX Runtime.
+
+        Raises:
+            EngineError: An engine is missing; the message says which command makes it.
         """
         options = self._device_options
         if options is None:
@@ -120,7 +126,7 @@ class VideoPipeline:
         """
         return cls(Bundle.open(path), threads)
 
-    @cached_property
+    @opened_once
     def transformer(self) -> Transformer:
         """The transformer's engines."""
         return open_transformer(self.bundle, self.threads, self.provider)
@@ -130,7 +136,7 @@ class VideoPipeline:
         """What the loop asks of the transformer."""
         return HostPasses(self.transformer) if self.device is None else self._device_passes
 
-    @cached_property
+    @opened_once
     def _device_passes(self) -> DevicePasses:
         device, options = self.device, self._device_options
         assert device is not None and options is not None
@@ -140,7 +146,7 @@ class VideoPipeline:
         symbols = bound_symbols(manifest, options.limits)
         return open_device_passes(device, config, timestep, symbols)
 
-    @cached_property
+    @opened_once
     def text_encoder(self) -> TextEncoder:
         """The text encoder's engines; raises BundleError where the bundle has none."""
         layer, norm = self._open("text_layer"), self._open("text_norm")
@@ -157,13 +163,13 @@ class VideoPipeline:
             config["relative_max_distance"],
         )
 
-    @cached_property
+    @opened_once
     def decoder(self) -> VaeDecoder:
         """The VAE's decoder; raises BundleError where the bundle has none."""
         first, later = self._open("vae_decoder_first"), self._open("vae_decoder_next")
         return VaeDecoder(first, later, self._vae_config)
 
-    @cached_property
+    @opened_once
     def encoder(self) -> VaeEncoder:
         """The VAE's encoder; raises BundleError where the bundle has none."""
         first, later = self._open("vae_encoder_first"), self._open("vae_encoder_next")

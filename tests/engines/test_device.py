@@ -2,13 +2,15 @@
 
 import ctypes
 import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from shutil import which
+from threading import Thread
 
 import numpy as np
 import pytest
-from stand_in_driver import StandInDriver
+from stand_in_driver import CUresult, StandInDriver
 from stand_in_tensorrt import StandInLibrary, make_plan
 
 from mc_engines.building.bounds import VideoLimits, bound_symbols, bound_tensor
@@ -167,6 +169,35 @@ def test_memory_is_given_back(driver, gpu):
     assert driver.cuMemGetInfo() != before
     del array
     assert driver.cuMemGetInfo() == before
+
+
+def test_another_gpu_stays_current_when_memory_is_given_back():
+    driver = StandInDriver(devices=2)
+    first, before = Gpu(driver), driver.cuMemGetInfo()
+    memory = first.allocate(1000, "room", "")
+    Gpu(driver, 1)
+    del memory
+    assert driver.contexts == ["context 1"]
+    assert driver.cuMemGetInfo() == before
+
+
+def test_memory_is_given_back_by_a_thread_that_never_used_the_gpu(driver, gpu):
+    before, memory = driver.cuMemGetInfo(), [gpu.allocate(1000, "room", "")]
+    thread = Thread(target=memory.clear)
+    thread.start()
+    thread.join()
+    assert driver.cuMemGetInfo() == before
+
+
+def test_nothing_is_raised_by_what_is_forgotten_after_a_failure(driver, gpu, monkeypatch):
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    memory = gpu.allocate(1000, "room", "")
+    driver.sticky = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(EngineError, match="ILLEGAL_ADDRESS"):
+        gpu.use()
+    del memory  # an exception of a finalizer would go to the hook
+    assert raised == []
 
 
 def test_too_little_memory_names_the_buffer_what_is_free_and_what_helps():

@@ -25,6 +25,7 @@ if Path("/proc/driver/nvidia").exists():
     pytest.skip("there is a driver, which would do what is asked", allow_module_level=True)
 
 HANDLES = {  # what the stand-in's objects are in cuda-bindings, by their place in the arguments
+    "cuCtxPushCurrent": bindings.CUcontext,
     "cuCtxSetCurrent": bindings.CUcontext,
     "cuGraphDestroy": bindings.CUgraph,
     "cuGraphExecDestroy": bindings.CUgraphExec,

@@ -5,6 +5,7 @@ engine was executed by TensorRT here. Each planted fault has to be noticed.
 """
 
 import re
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from mc_engines.device.opening import DeviceOptions
 from mc_engines.device.weights import ResidentWeights, StreamedWeights
 from mc_engines.errors import EngineError
 from mc_runtime import device_passes
+from mc_runtime import pipeline as pipeline_module
 from mc_runtime.device_passes import DevicePasses
 from mc_runtime.options import GenerationOptions
 from mc_runtime.passes import HostPasses
@@ -202,6 +204,23 @@ def test_two_generations_at_once_do_not_meet(tiny) -> None:
     for video, expected in zip(both, alone, strict=True):
         np.testing.assert_allclose(video.latents, expected, atol=2e-5)
     assert setup.driver.faults == []
+
+
+def test_threads_that_need_the_gpu_first_open_it_once(tiny, monkeypatch) -> None:
+    setup, opened = Setup(tiny), []
+    monkeypatch.setattr(pipeline_module, "list_components", lambda bundle, options: set())
+
+    def open_slowly(bundle, options, components):
+        opened.append(components)
+        time.sleep(0.1)
+        return setup.device
+
+    monkeypatch.setattr(pipeline_module, "open_device", open_slowly)
+    pipeline = VideoPipeline(tiny.bundle, 1)
+    pipeline.use_device(DeviceOptions("tensorrt-rtx", VideoLimits(32, 32, 17, 5), "fp32"))
+    with ThreadPoolExecutor(2) as pool:
+        weights = list(pool.map(lambda _: pipeline.passes.weights, range(2)))
+    assert len(opened) == 1 and weights[0] is weights[1]
 
 
 def test_a_video_larger_than_the_profiles_is_refused(tiny) -> None:

@@ -22,6 +22,7 @@ class CUresult(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
@@ -75,6 +76,8 @@ class StandInDriver:
         self.launches, self.replays, self.peak = 0, 0, 0
         self.waits, self.frees = 0, 0  # the host waits for a stream, or for all of them
         self.lock = threading.RLock()  # memory is given back by any thread
+        self.current = threading.local()  # context of each thread
+        self.sticky = OK  # an error that every call reports from then on
 
     # Devices and errors
 
@@ -91,10 +94,23 @@ class StandInDriver:
         return OK, ordinal
 
     def cuDevicePrimaryCtxRetain(self, device):
-        return OK, "context"
+        return OK, f"context {device}"
+
+    @property
+    def contexts(self):
+        """Of the calling thread, the current one last."""
+        return vars(self.current).setdefault("contexts", [None])
 
     def cuCtxSetCurrent(self, context):
-        return (OK,)
+        self.contexts[-1] = context
+        return (self.sticky,)
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return (self.sticky,)
+
+    def cuCtxPopCurrent(self):
+        return OK, self.contexts.pop()
 
     def cuDeviceGetName(self, length, device):
         return OK, b"Stand-in\0\0\0"
@@ -114,6 +130,8 @@ class StandInDriver:
         return OK, self.total - sum(map(len, self.blocks.values())), self.total
 
     def cuMemAlloc(self, size):
+        if self.contexts[-1] is None:
+            return CUresult.CUDA_ERROR_INVALID_CONTEXT, 0
         if any(stream.captured is not None for stream in self.streams):
             return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, 0
         if size > self.cuMemGetInfo()[1]:
@@ -125,6 +143,8 @@ class StandInDriver:
         return OK, address
 
     def cuMemFree(self, address):
+        if self.contexts[-1] is None:
+            return (CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         for stream in self.streams:
             if stream.captured is not None and stream.thread == threading.get_ident():
                 stream.spoilt = True

@@ -201,8 +201,14 @@ class Gpu:
                 self._free(*self._unwanted.popleft())
 
     def _free(self, function: str, handle: Any) -> None:
-        self.use()
-        getattr(self._driver, function)(handle)  # at the end of a process it may fail: no matter
+        """Call a function on this GPU; the thread's own stays current. Failures do not matter.
+
+        They come at the end of a process, and after a failure that the GPU does not recover from.
+        """
+        (status,) = self._driver.cuCtxPushCurrent(self._context)
+        if int(status) == 0:
+            getattr(self._driver, function)(handle)
+            self._driver.cuCtxPopCurrent()
 
     @contextmanager
     def nothing_freed(self, stream: "Stream") -> Generator[None]:

@@ -180,10 +180,12 @@ class Device:
         """
         graph = self._bundle.graph(component, self._form)
         layers, load = self.count_layers(component), partial(self.load_weights, component)
-        budget = self.gpu.free_bytes()[0] if self._max_vram is None else self._max_vram
-        if layers * count_bytes(graph.weights) + cache_bytes > budget:
-            return StreamedWeights(self.stream, graph.weights, layers, load, component)
-        return ResidentWeights(self.stream, graph.weights, layers, load, component)
+        with self.lock:
+            self.gpu.use()
+            budget = self.gpu.free_bytes()[0] if self._max_vram is None else self._max_vram
+            if layers * count_bytes(graph.weights) + cache_bytes > budget:
+                return StreamedWeights(self.stream, graph.weights, layers, load, component)
+            return ResidentWeights(self.stream, graph.weights, layers, load, component)
 
 
 def _read_cache(path: Path | None) -> bytes | None:
