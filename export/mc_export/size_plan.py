@@ -131,22 +131,15 @@ def plan_sizes(
         for part, shapes in parts.items()
         for component in _components(part, shapes, dtype.itemsize)
     )
-    sizes = WindowShape(
-        transformer["num_layers"],
-        transformer["num_attention_heads"],
-        transformer["num_attention_heads"] * transformer["attention_head_dim"],
-        transformer["ffn_dim"],
-        chunk_tokens,
-        window_tokens,
-    )
+    window = _describe_window(transformer, chunk_tokens, window_tokens)
     cpu = plan_run_sizes(
-        sizes,
+        window,
         value_bytes=4,
         weights=0 if dtype == torch.float32 else _held_weights(components),
         decode=_decoding_bytes(parts.get("vae", {}), height * width),
     )
     resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
-    device = plan_run_sizes(sizes, value_bytes=2, weights=2 * resident, decode=0)
+    device = plan_run_sizes(window, value_bytes=2, weights=2 * resident, decode=0)
     return SizePlan(
         dtype=dtype,
         video=(height, width, base_num_frames),
@@ -157,6 +150,20 @@ def plan_sizes(
         export_peak=_export_peak(components, dtype.itemsize),
         cpu=cpu,
         device=device,
+    )
+
+
+def _describe_window(
+    transformer: Mapping[str, Any], chunk_tokens: int, window_tokens: int
+) -> WindowShape:
+    heads = transformer["num_attention_heads"]
+    return WindowShape(
+        transformer["num_layers"],
+        heads,
+        heads * transformer["attention_head_dim"],
+        transformer["ffn_dim"],
+        chunk_tokens,
+        window_tokens,
     )
 
 
