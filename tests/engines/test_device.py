@@ -23,8 +23,10 @@ from mc_engines.device.device import Device, Plan
 from mc_engines.device.engine import DeviceEngine
 from mc_engines.device.kernels import RowMover, compile_kernels
 from mc_engines.device.runner import DeviceRunner
+from mc_engines.device.weights import StreamedWeights
 from mc_engines.errors import EngineError
 from mc_engines.onnxruntime_runner import open_runner
+from mc_engines.specs import TensorSpec
 
 TARGETS = 75, 80, 86, 87, 89, 90, 110, 120, 121
 FLOAT = np.dtype(np.float32)
@@ -108,8 +110,21 @@ def test_the_kernel_compiles_for_every_target(target):
 
 def test_a_target_that_the_compiler_does_not_know_is_an_error():
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (extra rtx)")
-    with pytest.raises(EngineError, match=r"compute capability 12, got .* Install an nvidia-cuda"):
-        compile_kernels(12)
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    programs = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(nvrtc, name)
+
+        def nvrtcDestroyProgram(self, program):
+            programs.append(program)
+            return nvrtc.nvrtcDestroyProgram(program)
+
+    message = r"capability 12, got .*invalid value for --gpu-architecture.* Install an nvidia-cuda"
+    with pytest.raises(EngineError, match=message):
+        compile_kernels(12, Watched())
+    assert len(programs) == 1
 
 
 def test_rows_that_are_no_multiple_of_16_bytes_are_refused(gpu):
@@ -209,7 +224,7 @@ def test_too_little_memory_names_the_buffer_what_is_free_and_what_helps():
         gpu.allocate(4_000_000, "the keys", "Pass --max-vram.")
 
 
-def test_a_stream_is_not_recorded_any_more_after_a_failure(gpu):
+def test_a_stream_is_not_recorded_any_more_after_a_failure(driver, gpu):
     stream = gpu.open_stream()
 
     def fail():
@@ -218,6 +233,35 @@ def test_a_stream_is_not_recorded_any_more_after_a_failure(gpu):
     with pytest.raises(RuntimeError, match="no"):
         stream.capture(fail)
     stream.synchronise()
+    assert driver.graphs == 0
+
+
+def test_a_recording_that_cannot_be_launched_is_given_up(driver, gpu, monkeypatch):
+    refused = CUresult.CUDA_ERROR_INVALID_VALUE, None
+    monkeypatch.setattr(driver, "cuGraphInstantiate", lambda graph, flags: refused)
+    stream = gpu.open_stream()
+    with pytest.raises(EngineError, match=r"cuGraphInstantiate: expected success, got .*INVALID"):
+        stream.capture(lambda: None)
+    stream.synchronise()
+    assert driver.graphs == 0
+
+
+def test_a_layer_that_failed_on_its_way_is_fetched_again(monkeypatch):
+    driver = StandInDriver(eager=True)
+    specs, stream = [TensorSpec("w", "float32", (4,))], Gpu(driver).open_stream()
+    load = [{"w": np.full(4, layer, np.float32)} for layer in range(3)].__getitem__
+    weights = StreamedWeights(stream, specs, 3, load, "block")
+    for layer in (0, 1):  # of which the second fetches layer 2 over layer 0
+        weights.use(layer)
+        weights.done(layer)
+    with monkeypatch.context() as context:
+        context.setattr(driver, "cuEventRecord", lambda *_: (CUresult.CUDA_ERROR_INVALID_VALUE,))
+        with pytest.raises(EngineError, match="cuEventRecord"):
+            weights.use(0)
+    for layer in (2, 1):
+        (value,) = Transfers(stream).fetch(weights.use(layer)["w"])
+        np.testing.assert_array_equal(value, np.full(4, layer))
+        weights.done(layer)
 
 
 def test_what_is_forgotten_while_a_stream_is_recorded_is_given_back_afterwards(driver, gpu):

@@ -71,7 +71,7 @@ class StandInDriver:
     def __init__(self, memory=1 << 30, capability=(8, 6), eager=False, devices=1):
         self.total, self.capability, self.eager, self.devices = memory, capability, eager, devices
         self.blocks, self.starts, self.next = {}, [], 1 << 40
-        self.hosts, self.streams, self.faults = {}, [], []
+        self.hosts, self.streams, self.graphs, self.faults = {}, [], 0, []
         self.kernels = {"move_rows": self.move_rows}
         self.launches, self.replays, self.peak = 0, 0, 0
         self.waits, self.frees = 0, 0  # the host waits for a stream, or for all of them
@@ -237,12 +237,14 @@ class StandInDriver:
         captured, stream.captured = stream.captured, None
         if stream.spoilt:
             return CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
+        self.graphs += 1
         return OK, captured
 
     def cuGraphInstantiate(self, graph, flags):
         return OK, list(graph)
 
     def cuGraphDestroy(self, graph):
+        self.graphs -= 1
         return (OK,)
 
     def cuGraphExecDestroy(self, graph):

@@ -347,8 +347,10 @@ class Stream:
         """
         with self.gpu.nothing_freed(self):
             recorded = self._record_graph(work)
-        (handle,) = self.gpu.call("cuGraphInstantiate", recorded, 0)
-        self.gpu.call("cuGraphDestroy", recorded)
+        try:
+            (handle,) = self.gpu.call("cuGraphInstantiate", recorded, 0)
+        finally:
+            self.gpu._driver.cuGraphDestroy(recorded)
         graph = Graph(handle)
         weakref.finalize(graph, self.gpu._give_back, "cuGraphExecDestroy", handle)
         return graph
@@ -360,7 +362,9 @@ class Stream:
         try:
             work()
         except BaseException:
-            driver.cuStreamEndCapture(self.handle)  # gives up what was recorded
+            status, recorded = driver.cuStreamEndCapture(self.handle)
+            if int(status) == 0:  # what was recorded before the error
+                driver.cuGraphDestroy(recorded)
             raise
         (recorded,) = self.gpu.call("cuStreamEndCapture", self.handle)
         return recorded

@@ -42,6 +42,10 @@ def compile_kernels(capability: int, nvrtc: Any = None) -> bytes:
         status, *values = getattr(nvrtc, function)(*arguments)
         if int(status) != 0:
             reason = nvrtc.nvrtcGetErrorString(status)[1].decode()
+            if function == "nvrtcCompileProgram":
+                log: bytes = b" " * call("nvrtcGetProgramLogSize", arguments[0])
+                call("nvrtcGetProgramLog", arguments[0], log)
+                reason += f": {log.rstrip(bytes(1)).decode().strip()}"
             raise EngineError(
                 f"{_SOURCE}: expected code for compute capability {capability}, got {reason}. "
                 "Install an nvidia-cuda-nvrtc that knows this GPU."
@@ -50,10 +54,12 @@ def compile_kernels(capability: int, nvrtc: Any = None) -> bytes:
 
     program = call("nvrtcCreateProgram", code, _SOURCE.encode(), 0, [], [])
     options = [f"--gpu-architecture=sm_{capability}".encode()]
-    call("nvrtcCompileProgram", program, len(options), options)
-    image: bytes = b" " * call("nvrtcGetCUBINSize", program)
-    call("nvrtcGetCUBIN", program, image)
-    call("nvrtcDestroyProgram", program)
+    try:
+        call("nvrtcCompileProgram", program, len(options), options)
+        image: bytes = b" " * call("nvrtcGetCUBINSize", program)
+        call("nvrtcGetCUBIN", program, image)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
     return image
 
 

@@ -158,6 +158,7 @@ class StreamedWeights:
             if slot.layer == layer:
                 return slot
         slot = next(slot for slot in self._slots if slot.layer == _EMPTY or slot.layer != keep)
+        slot.layer = _EMPTY  # it has neither layer if loading fails half way
         self._copy.wait_on_host(slot.copied)  # the pinned bytes are still on their way before it
         for name, array in self._load(layer).items():
             target = slot.arrays[name]
