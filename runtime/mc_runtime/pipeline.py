@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mc_engines.device.opening import DeviceOptions, list_components, open_devic
 from mc_engines.device.runner import DeviceRunner
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import open_runner
-from mc_engines.runner import Runner
+from mc_engines.runner import Arrays, Runner
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
 from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
 from mc_runtime.inputs import check_array, check_policy, pick_texts
@@ -102,8 +103,7 @@ class VideoPipeline:
         Raises:
             EngineError: An engine is missing; the message says which command makes it.
         """
-        options = self._device_options
-        if options is None:
+        if (options := self._device_options) is None:
             return None
         built = list_components(self.bundle, options)
         others = [name for name in OPTIONAL_PARTS if name in built]
@@ -149,15 +149,14 @@ class VideoPipeline:
     @opened_once
     def text_encoder(self) -> TextEncoder:
         """The text encoder's engines; raises BundleError where the bundle has none."""
-        layer, norm = self._open("text_layer"), self._open("text_norm")
         config = self.bundle.manifest.config["text_encoder"]
         return TextEncoder(
             Tokenizer.from_folder(self.bundle.path / "tokenizer"),
             self.bundle.map_tensors("weights/text_embed.safetensors")["table"],
-            layer,
-            norm,
-            lambda number: self.bundle.layer_weights("text_layer", number, "fp32"),
-            lambda: self.bundle.layer_weights("text_norm", 0, "fp32"),
+            self._open("text_layer"),
+            self._open("text_norm"),
+            partial(self._layer_weights, "text_layer"),
+            partial(self._layer_weights, "text_norm", 0),
             config["layers"],
             config["relative_buckets"],
             config["relative_max_distance"],
@@ -174,6 +173,12 @@ class VideoPipeline:
         """The VAE's encoder; raises BundleError where the bundle has none."""
         first, later = self._open("vae_encoder_first"), self._open("vae_encoder_next")
         return VaeEncoder(first, later, self._vae_config)
+
+    def _layer_weights(self, component: str, layer: int) -> Arrays:
+        """Weights as what runs them takes them, so that nothing is cast there and back."""
+        if self.device is not None and component in self.device.engines:
+            return self.device.load_weights(component, layer)
+        return self.bundle.layer_weights(component, layer, "fp32")
 
     def _open(self, component: str) -> Runner:
         if self.device is not None and component in self.device.engines:

@@ -223,6 +223,21 @@ def test_threads_that_need_the_gpu_first_open_it_once(tiny, monkeypatch) -> None
     assert len(opened) == 1 and weights[0] is weights[1]
 
 
+def test_the_text_encoder_takes_weights_as_its_engine_does(tiny) -> None:
+    setup = Setup(tiny)
+    setup.device.engines["text_layer"] = setup.device.engines["block"]  # any; the norm has none
+    setup.device._form = "bf16"
+    pipeline = VideoPipeline(tiny.bundle, 1)
+    vars(pipeline)["device"] = setup.device
+    encoder = pipeline.text_encoder
+    given = [encoder.layer_weights(0), encoder.norm_weights()]
+    specs = tiny.bundle.graph("text_layer", "bf16"), tiny.bundle.graph("text_norm", "fp32")
+    for weights, graph in zip(given, specs, strict=True):
+        assert {name: array.dtype.name for name, array in weights.items()} == {
+            spec.name: spec.dtype for spec in graph.weights
+        }
+
+
 def test_a_video_larger_than_the_profiles_is_refused(tiny) -> None:
     setup = Setup(tiny, most=16)
     with pytest.raises(EngineError, match=r"embed: 'patches': expected a shape .* Build it for"):
