@@ -22,7 +22,7 @@ from mc_runtime.pipeline import VideoPipeline
 SIZES = ("--height=64", "--width=64", "--num-frames=37", "--num-inference-steps=4", "--threads=1")
 MOTIONCACHE = tuple(
     f"--policy-option=motioncache.{option}"
-    for option in ("coefficients=1,0", "threshold=0.5", "warmup_steps=1")
+    for option in ("coefficients=1,0", "threshold=100", "warmup_steps=1")
 )
 
 
