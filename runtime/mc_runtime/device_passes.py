@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,7 @@ class DevicePasses:
         weights: Of the blocks.
         clock: What the time in passes is added to.
         rooms: By L.
+        branches: Those of all windows, until they are forgotten.
     """
 
     config: TransformerConfig
@@ -93,6 +95,7 @@ class DevicePasses:
     weights: LayerWeights
     clock: Clock = field(default_factory=Clock)
     rooms: dict[int, Room] = field(default_factory=dict)
+    branches: WeakSet[DeviceBranch] = field(default_factory=WeakSet)
 
     @property
     def streams_weights(self) -> bool:
@@ -135,6 +138,8 @@ class DevicePasses:
             self.device.unbind()
             slots = sum(len(cos) for cos, _ in angles)
             shape = 1, self.config.heads, slots, self.config.head_dim
+            used = {branch.keys[0].shape for branch in self.branches} | {shape}
+            self.device.close_contexts("block", lambda shapes: shapes.get("k_cache") not in used)
             dtype = self.device.engines["block"].spec("k_cache").numpy_dtype
             keys, values = (
                 [self._allocate(shape, dtype, f"the {kind}") for _ in range(self.config.layers)]
@@ -143,7 +148,9 @@ class DevicePasses:
             for array in (*keys, *values):
                 self.device.stream.fill_zero(array.address, array.nbytes)
             placed = [(self._place(cos), self._place(sin)) for cos, sin in angles]
-            return DeviceBranch(context, placed, keys, values)
+            branch = DeviceBranch(context, placed, keys, values)
+            self.branches.add(branch)
+            return branch
 
     def embed(self, patches: NDArray[np.float32]) -> DeviceArray:
         """Embed a chunk's patches; see `Passes.embed`."""

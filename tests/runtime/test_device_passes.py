@@ -195,6 +195,31 @@ def test_a_window_is_forgotten_on_the_cpu_as_well(tiny) -> None:
     assert alive == [0, 1, 0, 1]  # two branches in each window
 
 
+def test_contexts_last_as_long_as_windows_of_their_size(tiny) -> None:
+    setup, shorter = Setup(tiny), replace(OPTIONS, num_frames=17)
+    videos, sizes = [], []
+    for options in (OPTIONS, OPTIONS, shorter, OPTIONS):
+        videos.append(setup.generate(setup.passes, "none", options))
+        blocks = [key for key in setup.device._contexts if key[0] == "block"]
+        sizes.append((len(blocks), {shapes for _, _, shapes in blocks}))
+    assert sizes[0] == sizes[1] == sizes[3] and sizes[0][0] == 2  # one for each chunk
+    assert sizes[2][0] == 1 and not sizes[2][1] & sizes[0][1]
+    np.testing.assert_array_equal(videos[3].latents, videos[0].latents)
+    assert setup.driver.faults == []
+
+
+def test_another_branch_may_be_opened_before_a_pass_is_recorded(tiny, monkeypatch) -> None:
+    setup, capture = Setup(tiny), Stream.capture
+
+    def open_another_first(self, work):
+        setup.device.unbind()
+        return capture(self, work)
+
+    monkeypatch.setattr(Stream, "capture", open_another_first)
+    setup.generate(setup.passes, "none")
+    assert setup.driver.replays > 0 and setup.driver.faults == []
+
+
 def test_two_generations_at_once_do_not_meet(tiny) -> None:
     setup = Setup(tiny)
     options = [replace(OPTIONS, seed=seed, num_frames=17) for seed in (1, 2)]

@@ -156,6 +156,9 @@ class StandInContext:
         self.scratch = address, size
 
     def set_input_shape(self, name, shape):
+        if any(stream.captured is not None for stream in self.driver.streams):
+            self.engine.log.log(1, "a shape was set while work is recorded")
+            return False
         least, _, most = self.profile[name]
         fits = len(shape) == len(least) and all(
             low <= size <= high for low, size, high in zip(least, shape, most, strict=True)

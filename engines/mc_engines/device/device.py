@@ -7,7 +7,7 @@ transformer's. Everything is put on one stream, so that one scratch block serves
 __all__ = ["Device", "Plan"]
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -145,6 +145,28 @@ class Device:
         """Forget the arrays that contexts worked on, so that their memory can be given back."""
         for context in self._contexts.values():
             context.unbind()
+
+    def close_contexts(
+        self, component: str, unused: Callable[[Mapping[str, tuple[int, ...]]], bool]
+    ) -> None:
+        """Close contexts for shapes that nobody uses any more, neither now nor in recorded work.
+
+        Args:
+            component: Such as `block`.
+            unused: Says so of the shapes of inputs and weights.
+
+        Raises:
+            EngineError: Earlier work of the stream failed.
+        """
+        chosen = [
+            key
+            for key, context in self._contexts.items()
+            if key[0] == component and unused(context.shapes)
+        ]
+        if chosen:
+            self.stream.synchronise()  # they may still be at work
+        for key in chosen:
+            del self._contexts[key]
 
     def keep_compiled(self) -> None:
         """Write what the library compiled for this GPU beside the engines, if one may write there.

@@ -147,12 +147,16 @@ class DeviceEngine:
 
 
 class Context:
-    """An engine with the arrays that it works on; it keeps them alive."""
+    """An engine with the arrays that it works on; it keeps them alive.
+
+    Attributes:
+        shapes: Of inputs and weights, as they were set; empty before the first `bind`.
+    """
 
     def __init__(self, engine: DeviceEngine, raw: Any, scratch: Memory) -> None:
         self._engine, self._raw, self._scratch = engine, raw, scratch
         self._bound: dict[str, DeviceArray] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, inputs: Arrays, weights: Arrays, outputs: Arrays) -> None:
         """Say what the next `enqueue` reads and writes.
@@ -168,10 +172,10 @@ class Context:
         """
         arrays = {**inputs, **weights}
         shapes = {name: array.shape for name, array in arrays.items()}
-        if shapes != self._shapes:
+        if shapes != self.shapes:
             check_inputs(self._engine.graph, inputs, weights)
             self._set_shapes(arrays)
-            self._shapes = shapes
+            self.shapes = shapes
         for spec in self._engine.graph.outputs:
             self._check_output(spec, outputs[spec.name])
         for name, array in {**arrays, **outputs}.items():
@@ -182,7 +186,7 @@ class Context:
 
     def _set_shapes(self, arrays: Arrays) -> None:
         for name, array in arrays.items():
-            if self._shapes.get(name) != array.shape and not self._raw.set_input_shape(
+            if self.shapes.get(name) != array.shape and not self._raw.set_input_shape(
                 name, array.shape
             ):
                 raise EngineError(
@@ -214,9 +218,11 @@ class Context:
             )
 
     def unbind(self) -> None:
-        """Forget the arrays; they have to be bound again before the next `enqueue`."""
+        """Forget the arrays; they have to be bound again before the next `enqueue`.
+
+        The shapes stay set, so that they need not be set while work is recorded.
+        """
         self._bound.clear()
-        self._shapes.clear()
 
     def can_be_captured(self, stream: Stream) -> bool:
         """Whether the work can become part of a graph, as it is bound now."""
