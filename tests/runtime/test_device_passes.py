@@ -606,7 +606,7 @@ FAULTS = {  # and how each is noticed
     do_not_gather_angles: DIFFERS,
     read_before_the_gpu_is_done: BEYOND,
     use_pinned_memory_again_at_once: BEYOND,
-    record_before_the_first_run: "block: .* captured before it ran in these shapes",
+    record_before_the_first_run: "block: .* a shape was set while work is recorded",
     replay_another_chunks_graph: DIFFERS,
     replay_another_buckets_graph: DIFFERS,
     free_while_recording: "GPU: cuStreamEndCapture: .*INVALIDATED",
