@@ -17,7 +17,7 @@ from .world import SEEDS, draw_scene
 
 POLICIES = ("teacache", "flowcache", "motioncache")
 PROMPTS = 4
-SPEEDUP = 3.2  # by FLOPs
+SPEEDUP = 3.5  # by FLOPs
 
 if __name__ == "__main__":
     open_pipeline()

@@ -54,8 +54,8 @@ class Stage:
         end: Its last step, exclusive.
         cycle: Samples and latent frames of a step, in turn: first frames alone, first chunks, pairs
             of chunks, whole windows.
-        learn_objects: Whether clips have one object and no pan or cut, errors at the object weigh
-            more (see `weigh_errors`), the model is asked what the object covers, and the noise is
+        learn_objects: Whether, in steps of at most a chunk, clips have one object and no pan or cut,
+            errors at the object weigh more (see `weigh_errors`), the model is asked what the object covers, and the noise is
             such that words can help: more hides the object's place, less shows its shape. Half of
             the chunks have a first frame with less noise: from there the words say where to.
     """
@@ -68,7 +68,8 @@ class Stage:
 _STAGES = (
     Stage(2_200, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
     Stage(5_600, ((80, 1), (16, 5), (16, 5), (16, 5)), learn_objects=True),
-    Stage(float("inf"), ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
+    Stage(6_100, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
+    Stage(float("inf"), ((80, 1), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25)), learn_objects=True),
 )
 _SAVE_EVERY = 180  # seconds
 _TOKEN = 8  # pixels of a token, both ways
@@ -172,19 +173,20 @@ def compute_loss(mini: Mini, cache: Cache, step: int, stage: Stage) -> Tensor:
     batch, frames = stage.cycle[step % len(stage.cycle)]
     rng = np.random.default_rng(step)
     torch.manual_seed(step)
-    drawn = cache.draw(rng, batch, frames, plain=stage.learn_objects)
+    learn_objects = stage.learn_objects and frames <= CHUNK
+    drawn = cache.draw(rng, batch, frames, plain=learn_objects)
     captions = ["" if rng.random() < _DROPOUT else caption for caption in drawn.captions]
     chunks, extra = max(1, frames // CHUNK), torch.zeros(())
-    places = _WORDY if stage.learn_objects else None
+    places = _WORDY if learn_objects else None
     levels = draw_levels(rng, batch, chunks, drawn.clean, places)
-    if stage.learn_objects and frames == CHUNK:
+    if learn_objects and frames == CHUNK:
         levels = draw_led_levels(rng, levels)
     sigma = torch.from_numpy(levels).float()
     x, target = add_noise(drawn.latents, sigma, torch.randn_like(drawn.latents))
     timesteps = (sigma * 1000).long().clamp(0, 999)
     velocity, cover = mini(x, timesteps, captions, drawn.first)
     error = (velocity - target).square().mean(1).unflatten(1, (sigma.shape[1], -1))
-    if stage.learn_objects:
+    if learn_objects:
         error = error * weigh_errors(drawn.near_objects().unflatten(1, (sigma.shape[1], -1)), sigma)
         wanted = cut_into_tokens(drawn.cover / 255)
         extra = _COVER_WEIGHT * F.binary_cross_entropy_with_logits(cover, wanted)
