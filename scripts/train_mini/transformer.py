@@ -54,10 +54,11 @@ class Stage:
         end: Its last step, exclusive.
         cycle: Samples and latent frames of a step, in turn: first frames alone, first chunks, pairs
             of chunks, whole windows.
-        learn_objects: Whether, in steps of at most a chunk, clips have one object and no pan or cut,
-            errors at the object weigh more (see `weigh_errors`), the model is asked what the object covers, and the noise is
-            such that words can help: more hides the object's place, less shows its shape. Half of
-            the chunks have a first frame with less noise: from there the words say where to.
+        learn_objects: Whether, in steps of at most a chunk, clips have one object and no pan or
+            cut, errors at the object weigh more (see `weigh_errors`), the model is asked what the
+            object covers, and the noise is such that words can help: more hides the object's place,
+            less shows its shape. Half of the chunks have a first frame with less noise: from there
+            the words say where to.
     """
 
     end: float
