@@ -22,7 +22,7 @@ from mc_runtime.bench.latency_page import print_latency, render_latency
 from mc_runtime.bench.latency_report import Backend, Measured, build_latency_report
 from mc_runtime.bench.machine import Monitor
 from mc_runtime.bench.policies import choose_policies
-from mc_runtime.bench.sweep import WARMUP_ROUNDS, list_cases, take_rounds
+from mc_runtime.bench.sweep import WARMUP_ROUNDS, Case, list_cases, take_rounds
 from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_device, choose_provider
 from mc_runtime.inputs import check_policy
 from mc_runtime.options import GenerationOptions
@@ -35,6 +35,9 @@ _ITERATIONS, _QUICK_ITERATIONS = 30, 5
 _FLAGS = (
     click.option("--engines", is_flag=True, help="Time every engine and every kind of pass."),
     click.option("--generation", is_flag=True, help="Time videos of the first prompt, and memory."),
+    click.option(
+        "--component", multiple=True, help="Of --engines: only this one; can be repeated."
+    ),
     click.option(
         "--backend",
         "backends",
@@ -98,7 +101,8 @@ def run_latency(
     with monitor:
         try:
             if values["engines"]:
-                _sweep(backends, settings, iterations, measured, quiet)
+                measured.cases = _choose_cases(backends, settings, values["component"])
+                _sweep(iterations, measured, quiet)
             if values["generation"]:
                 _generate(backends, settings, texts[0], values, rounds, measured, quiet)
         except KeyboardInterrupt:
@@ -129,18 +133,26 @@ def _open(
     return Backend(name, pipeline)
 
 
-def _sweep(
-    backends: list[Backend],
-    options: GenerationOptions,
-    iterations: int,
-    measured: Measured,
-    quiet: bool,
-) -> None:
-    measured.cases = [
+def _choose_cases(
+    backends: list[Backend], options: GenerationOptions, components: tuple[str, ...]
+) -> list[tuple[str, Case]]:
+    """Everything that is timed, or what is timed of some components, with its backend."""
+    cases = [
         (backend.name, case)
         for backend in backends
         for case in list_cases(backend.pipeline, options)
     ]
+    known = list(dict.fromkeys(case.component for _, case in cases))
+    unknown = [name for name in components if name not in known]
+    if unknown:
+        raise ValueError(
+            f"component: expected some of {', '.join(known)}, got {', '.join(unknown)}. "
+            "Name what the bundle has and mc-bench times."
+        )
+    return [(name, case) for name, case in cases if not components or case.component in components]
+
+
+def _sweep(iterations: int, measured: Measured, quiet: bool) -> None:
     calls = len(measured.cases) * (iterations + WARMUP_ROUNDS)
     with _progress("engines", calls, quiet) as advance:
         cases = [case for _, case in measured.cases]

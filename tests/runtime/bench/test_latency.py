@@ -143,6 +143,10 @@ def test_a_bundle_is_timed_without_the_parts_that_it_lacks(tiny_bundle, tmp_path
         (("--generation",), "Missing option '--prompt'"),
         (("--engines", "--dtype=fp16"), "--dtype is for engines"),
         (("--engines", "--height=100"), "height: expected"),
+        (
+            ("--engines", "--component=vae"),
+            "component: expected some of block, head, context, text",
+        ),
     ],
 )
 def test_what_cannot_be_timed_is_refused(tiny_bundle, tmp_path, arguments, message) -> None:
