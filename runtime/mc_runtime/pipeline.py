@@ -149,17 +149,16 @@ class VideoPipeline:
     @opened_once
     def text_encoder(self) -> TextEncoder:
         """The text encoder's engines; raises BundleError where the bundle has none."""
+        layer, norm = self._open("text_layer"), self._open("text_norm")
         config = self.bundle.manifest.config["text_encoder"]
         return TextEncoder(
             Tokenizer.from_folder(self.bundle.path / "tokenizer"),
             self.bundle.map_tensors("weights/text_embed.safetensors")["table"],
-            self._open("text_layer"),
-            self._open("text_norm"),
+            layer,
+            norm,
             partial(self._layer_weights, "text_layer"),
             partial(self._layer_weights, "text_norm", 0),
-            config["layers"],
-            config["relative_buckets"],
-            config["relative_max_distance"],
+            *(config[name] for name in ("layers", "relative_buckets", "relative_max_distance")),
         )
 
     @opened_once

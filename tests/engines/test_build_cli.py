@@ -210,9 +210,17 @@ def test_an_interrupt_leaves_whole_engines_and_a_valid_bundle(bundle: Path, monk
     assert [each.component for each in EngineStore(Bundle.open(bundle)).read()[0]] == ["combine"]
 
 
+@pytest.fixture
+def heard_interrupt():
+    """Ctrl-C as a terminal sends it: a shell ignores it for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("place", ["log", "phase_start", "phase_finish"])
 def test_an_interrupt_in_a_callback_that_the_library_swallows_ends_the_build(
-    bundle: Path, monkeypatch, place
+    bundle: Path, monkeypatch, heard_interrupt, place
 ) -> None:
     """Whatever a callback raises, tensorrt_rtx 1.7.1 prints and goes on."""
     phases = []
@@ -248,7 +256,9 @@ def test_an_interrupt_in_a_callback_that_the_library_swallows_ends_the_build(
     assert [each.component for each in EngineStore(Bundle.open(bundle)).read()[0]] == ["combine"]
 
 
-def test_an_interrupt_while_attention_is_asked_about_is_kept(library, monkeypatch) -> None:
+def test_an_interrupt_while_attention_is_asked_about_is_kept(
+    library, monkeypatch, heard_interrupt
+) -> None:
     class Log(type(make_log(library))):
         def log(self, severity, message):
             signal.raise_signal(signal.SIGINT)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_engines.bundle import Bundle
+from mc_engines.errors import require
 from mc_engines.published import PUBLISHED
 from mc_engines.run_sizes import TEXT_TOKENS, RunSizes, WindowShape, plan_run_sizes
 from mc_runtime.bench.devices import THIS_CPU, Device, find_device
@@ -192,10 +193,8 @@ def _find(name: str) -> Device:
     """A device of the table, or this CPU as measured now."""
     if name != THIS_CPU:
         return find_device(name)
-    import psutil
-
     flops, bandwidth = measure_rates()
-    memory = psutil.virtual_memory().total
+    memory = require("psutil", "bench").virtual_memory().total
     return Device("this CPU", {"fp32": flops}, bandwidth, memory, "measured now", True)
 
 
