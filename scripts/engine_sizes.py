@@ -4,8 +4,8 @@ Nothing is executed, and no GPU is needed. The weights of a block, of `context` 
 encoder are inputs of their graphs, so that they need not exist; those inside of other graphs are
 made up. A build for SM75 is one of its own, for it can be in fp16 alone.
 
-    scripts/engine_sizes.py --parts df-1.3b df-14b text vae    the real sizes, for 540P
-    scripts/engine_sizes.py --bundle mini.bundle               every graph of a bundle
+    scripts/engine_sizes.py                          the real sizes, for 540P; or some by --parts
+    scripts/engine_sizes.py --bundle mini.bundle     every graph of a bundle
 """
 
 import argparse
@@ -42,6 +42,7 @@ BUILDS: tuple[tuple[Precision, tuple[int, ...]], ...] = (
 )
 LIMITS = VideoLimits(544, 960, 97, 5)
 MODELS = {"df-1.3b": "skyreels-df-1.3b-540p", "df-14b": "skyreels-df-14b-540p"}
+PARTS = [*MODELS, "text", "vae"]
 
 
 class Zeros(RandomSource):
@@ -140,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=[*MODELS, "text", "vae"], default=[])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--bundle", type=Path)
     arguments = parser.parse_args()
     library = open_library("tensorrt-rtx")
@@ -149,6 +150,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     if arguments.bundle is not None:
         build_bundle(library, arguments.bundle)
+        return
     for name in arguments.parts:
         build_sources(library, name)
 
