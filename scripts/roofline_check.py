@@ -62,18 +62,20 @@ def check_measured(path: Path) -> bool:
     constants = fit(costs[::2], seconds[::2])
     rates = [1 / constant if constant else np.inf for constant in constants]
     print(f"fitted: {rates[0] / 1e9:.1f} GFLOP/s, {rates[1] / 1e9:.2f} GB/s")
-    met = True
+    met, held_out = True, 0
     for index, each in enumerate(passes):
         error = costs[index] @ constants / seconds[index] - 1
         held = index % 2 == 1
         counts = held and each["tokens"] >= LEAST_TOKENS
+        held_out += counts
         met &= not counts or abs(error) <= GOAL
         print(
             f"  {each['name']:<36}{each['tokens']:>6} tokens {1e3 * seconds[index]:>9.2f} ms "
             f"{error:>+8.1%} {'held out' if held else 'fitted'}"
         )
     print(f"within {GOAL:.0%} for every held-out pass of {LEAST_TOKENS} tokens: {met}")
-    return met
+    print(f"held-out passes that this was asked of: {held_out}")
+    return met and held_out > 0
 
 
 def print_published() -> None:

@@ -155,7 +155,8 @@ class Schedule:
 
     def resize(self, chunk_tokens: int) -> "Schedule":
         """Return the same decisions for chunks of another size: the shares of tokens stay."""
-        tokens = np.ceil(self.tokens * (chunk_tokens / self.chunk_tokens)).astype(np.int32)
+        scaled = self.tokens.astype(np.int64) * chunk_tokens
+        tokens = -(-scaled // self.chunk_tokens).astype(np.int32)  # rounded up, exactly
         return replace(self, tokens=tokens, chunk_tokens=chunk_tokens)
 
     @classmethod
