@@ -87,7 +87,7 @@ def print_published() -> None:
     device, efficiency = DEVICES["a800"], Efficiency()
     rate = device.flops["bf16"]
     limits = Limits(rate, rate, device.bandwidth, efficiency.flops, efficiency.bandwidth)
-    costs = EngineCosts(model.flops, 5 * plan.shape.tokens, 2, 2)
+    costs = EngineCosts(model.flops, plan.shape.active.shape[1] * plan.shape.tokens, 2, 2)
     nothing_skipped = published_causal_work(model.flops, job).total
     seconds = {"vanilla": vanilla_work(model.flops, job).total / (rate * efficiency.flops)}
     for method, (petaflops, _) in PUBLISHED.items():

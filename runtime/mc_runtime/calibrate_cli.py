@@ -161,7 +161,7 @@ def main(
     policy_options = _parse_policy_options(policy, policy_option)
     decode = _check_frames(pipeline, target)
     say = make_say(quiet)
-    options = choose_options(pipeline, settings)
+    options = choose_options(pipeline.default_options, settings)
     job = _Job(pipeline, texts, options, decode, policy, policy_options, target, key, quiet, say)
     _check_steps(job)
     preset = _make_preset(job, _calibrate(job))

@@ -1,9 +1,12 @@
-"""What a generation shows on the terminal while it runs.
+"""What commands show on the terminal: results, and a generation while it runs.
 
-Neighbours: `mc-generate` and `mc-bench` pass it the progress of a `Generation`.
+Neighbours: `mc-generate` passes `Display` the progress of a `Generation`; `mc-inspect` and
+`mc-bench` print tables to `open_console`.
 """
 
-__all__ = ["Display"]
+__all__ = ["Display", "open_console"]
+
+import sys
 
 import click
 from rich.console import Console
@@ -12,6 +15,19 @@ from rich.progress import Progress as Bar
 
 from mc_runtime.generation import Progress
 from mc_runtime.options import Chunk
+
+
+def open_console(plain_width: int) -> Console:
+    """Open the standard output for tables.
+
+    Args:
+        plain_width: Columns where it is not a terminal.
+
+    Returns:
+        A console that prints text as it is, without colours of its own.
+    """
+    width = None if sys.stdout.isatty() else plain_width
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 class Display:

@@ -120,7 +120,7 @@ def examine(
         can[backend] = can["cpu"] and gpu is not None and backend in versions
     if pipeline is not None:
         store = EngineStore(pipeline.bundle, engines)
-        limits = limit_video(choose_options(pipeline, sizes))
+        limits = limit_video(choose_options(pipeline.default_options, sizes))
         findings += _examine_engines(store, limits, gpu, versions)
         if gpu is not None:
             for backend, version in versions.items():

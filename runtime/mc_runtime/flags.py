@@ -31,7 +31,6 @@ from mc_engines.device.opening import DeviceOptions
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.specs import PRECISIONS
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INPUT = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -94,18 +93,18 @@ def setting_options(
     return decorate
 
 
-def choose_options(pipeline: VideoPipeline, settings: Mapping[str, Any]) -> GenerationOptions:
+def choose_options(defaults: GenerationOptions, settings: Mapping[str, Any]) -> GenerationOptions:
     """Make the options of `setting_options`' flags; None takes the default of the model.
 
     Args:
-        pipeline: Of the bundle.
+        defaults: Of the model.
         settings: Values by field; fields that are missing take the default too.
 
     Returns:
         The options, not checked.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    return replace(pipeline.default_options, **given)
+    return replace(defaults, **given)
 
 
 def device_flags(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -228,7 +228,7 @@ def _prepare(
     noise = _load(files["latents"], _NOISE) if "latents" in files else None
     if noise is not None:
         settings |= _sizes(noise, pipeline, given)
-    options = choose_options(pipeline, settings)
+    options = choose_options(pipeline.default_options, settings)
     arrays: dict[str, Any] = {"latents": noise}
     for name in (_PROMPT, _NEGATIVE):
         wanted = "prompt_embeds" in files and (name == _PROMPT or options.guidance_scale > 1)

@@ -7,7 +7,6 @@ ahead, `trace_report` and `overlay` draw a trace.
 __all__ = ["main"]
 
 import json
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich import box
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -25,9 +23,10 @@ from mc_engines.command import FAILURE, command
 from mc_engines.errors import BundleError
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
+from mc_runtime.display import open_console
 from mc_runtime.doctor import Diagnosis, examine
 from mc_runtime.flags import FILE, INPUT, choose_options, setting_options
-from mc_runtime.output_file import check_distinct, check_output, replace_file
+from mc_runtime.output_file import check_distinct, check_output, write_text
 from mc_runtime.overlay import write_overlay
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule_table import Schedule, forecast_schedule
@@ -109,7 +108,9 @@ def main(
         _show_trace(trace, bundle, as_json, quiet, **{name: values[name] for name in _DRAWING})
     elif bundle is not None and policy is not None:
         pipeline = VideoPipeline.from_bundle(bundle)
-        options = choose_options(pipeline, {name: values[name] for name in _SETTINGS})
+        options = choose_options(
+            pipeline.default_options, {name: values[name] for name in _SETTINGS}
+        )
         chosen = pipeline.find_policy(policy, policy_option)
         schedule = forecast_schedule(pipeline, chosen, options, partial(click.echo, err=True))
         _show_schedule(schedule, as_json, quiet)
@@ -159,7 +160,7 @@ def _show_diagnosis(diagnosis: Diagnosis, as_json: bool, quiet: bool) -> None:
         table = _table("this machine", "what", "state", "found", "advice")
         for finding in diagnosis.findings:
             table.add_row(finding.subject, finding.state, finding.detail, finding.advice)
-        _console().print(table)
+        open_console(_PLAIN_WIDTH).print(table)
         able = [name for name, can in diagnosis.can_generate.items() if can]
         click.echo(f"Videos can be generated with: {', '.join(able) or 'nothing'}.")
 
@@ -188,7 +189,7 @@ def _show_schedule(schedule: Schedule, as_json: bool, quiet: bool) -> None:
     if as_json:
         _print_json(schedule.to_json())
     elif not quiet:
-        _console().print(_schedule_table(schedule))
+        open_console(_PLAIN_WIDTH).print(_schedule_table(schedule))
         totals = schedule.totals()
         click.echo(
             f"Of {totals['steps']} steps: {totals['full']} full, {totals['reuse']} reused, "
@@ -240,15 +241,14 @@ def _show_trace(
         raise ValueError(f"{path}: expected the video of the run, got {got}. Pass --video FILE.")
     if html is not None:
         page = report_page(trace, video)
-        with replace_file(html) as hidden:
-            hidden.write_text(page, encoding="utf-8")
+        write_text(html, page)
     if overlay is not None and video is not None:
         write_overlay(trace, video, overlay)
     summary = summarise(trace)
     if as_json:
         _print_json(summary)
     elif not quiet:
-        console = _console()
+        console = open_console(_PLAIN_WIDTH)
         console.print(_pair_table(str(path), describe(summary)))
         heads, *chunks = list_chunks(summary)
         table = _table("chunks", *heads)
@@ -314,17 +314,12 @@ def _read_parity(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _show(bundle: Bundle) -> None:
-    console, summary = _console(), _summary(bundle)
+    console, summary = open_console(_PLAIN_WIDTH), _summary(bundle)
     console.print(_facts(bundle, summary))
     for spec in bundle.manifest.components.values():
         console.print(_component_table(bundle, spec, summary["weight_bytes"][spec.name]))
     if summary["parity"]:
         console.print(_parity_table(summary["parity"]))
-
-
-def _console() -> Console:
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _table(title: str, *columns: str) -> Table:

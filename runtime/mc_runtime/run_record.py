@@ -14,7 +14,7 @@ from typing import Any
 
 from mc_engines.bundle import Bundle
 from mc_runtime.options import Chunk, GenerationOptions
-from mc_runtime.output_file import replace_file
+from mc_runtime.output_file import write_text
 from mc_runtime.versions import list_versions
 from motioncache import Policy
 from motioncache.options import format_options
@@ -92,9 +92,7 @@ def record_run(
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON; the old one stays until the new one is whole."""
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    with replace_file(path) as hidden:
-        hidden.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Neighbours: `policies` runs and measures, `policy_report` and `page` tell.
 __all__ = ["main"]
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -16,7 +15,6 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 
 from mc_engines.command import command
 from mc_engines.errors import require
@@ -35,6 +33,7 @@ from mc_runtime.bench.policies import (
 )
 from mc_runtime.bench.policy_report import DIFFUSERS, build_report
 from mc_runtime.bench.predict_cli import predict_command
+from mc_runtime.display import open_console
 from mc_runtime.fidelity import Lpips, compare_videos
 from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
 from mc_runtime.options import GenerationOptions
@@ -120,8 +119,7 @@ def run(
         write_text(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if html is not None:
         write_text(html, render_page(report))
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    print_report(report, Console(width=width, highlight=False, markup=False, emoji=False))
+    print_report(report, open_console(_PLAIN_WIDTH))
 
 
 def _time(
@@ -136,7 +134,7 @@ def _time(
     outputs = {"output": output, "html": html}
     run_latency(
         bundle,
-        lambda pipeline: choose_options(pipeline, settings),
+        lambda pipeline: choose_options(pipeline.default_options, settings),
         prompts,
         values | outputs,
         quiet,
@@ -164,7 +162,7 @@ def _prepare(pipeline: VideoPipeline, values: dict[str, Any], say: Callable[[str
     bench = Bench(
         pipeline,
         choose_policies(pipeline, values["policies"], values["policy_option"]),
-        choose_options(pipeline, settings),
+        choose_options(pipeline.default_options, settings),
         _read_prompts(values["prompt"], values["prompts"]),
         values["rounds"],
     )

@@ -3,16 +3,15 @@
 __all__ = ["compare_command"]
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from mc_engines.command import FAILURE, command
 from mc_runtime.bench.compare import Comparison, compare_reports, read_report
 from mc_runtime.bench.tables import print_tables
+from mc_runtime.display import open_console
 from mc_runtime.flags import INPUT
 
 _PLAIN_WIDTH = 110  # columns where the output is not a terminal
@@ -60,8 +59,7 @@ def compare_command(
 
 
 def _print(comparison: Comparison, relative: float, absolute: float, quiet: bool) -> None:
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console = open_console(_PLAIN_WIDTH)
     rows = [
         [
             row.name,

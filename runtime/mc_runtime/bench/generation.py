@@ -29,7 +29,6 @@ class Generated:
         inter_chunk_ms: Of each later chunk, since the one before.
         decode_ms: The part of all of them in the VAE.
         total_ms: From the call to the last chunk.
-        frames: Pixel frames.
         peaks: Largest resident bytes of this process by kind.
         trace: What was decided.
         reference_ms: Of the reference kernel just before.
@@ -39,7 +38,6 @@ class Generated:
     inter_chunk_ms: list[float]
     decode_ms: float
     total_ms: float
-    frames: int
     peaks: Mapping[str, int]
     trace: DecisionTrace
     reference_ms: float
@@ -80,7 +78,6 @@ def policy_runner(
             [later - earlier for earlier, later in pairwise(ends)],
             decoding,
             ends[-1],
-            options.num_frames,
             monitor.peaks,
             generation.trace,
             reference,

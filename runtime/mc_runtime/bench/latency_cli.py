@@ -23,6 +23,7 @@ from mc_runtime.bench.latency_report import Backend, Measured, build_latency_rep
 from mc_runtime.bench.machine import Monitor
 from mc_runtime.bench.policies import choose_policies
 from mc_runtime.bench.sweep import WARMUP_ROUNDS, Case, list_cases, take_rounds
+from mc_runtime.display import open_console
 from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_device, choose_provider
 from mc_runtime.inputs import check_policy
 from mc_runtime.options import GenerationOptions
@@ -112,8 +113,7 @@ def run_latency(
         write_text(values["output"], json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if values["html"] is not None:
         write_text(values["html"], render_latency(report))
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    print_latency(report, Console(width=width, highlight=False, markup=False, emoji=False))
+    print_latency(report, open_console(_PLAIN_WIDTH))
     if measured.partial:
         click.echo("Interrupted.", err=True)
         click.get_current_context().exit(INTERRUPTED)

@@ -5,7 +5,6 @@ Neighbours: `latency_report` makes the report, `tables` has the tables.
 
 __all__ = ["print_latency", "render_latency"]
 
-import html
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from mc_engines.errors import require
-from mc_runtime.bench.tables import (
-    Tables,
-    draw_svg,
-    html_facts,
-    html_page,
-    html_table,
-    print_tables,
-)
+from mc_runtime.bench.tables import Tables, draw_svg, html_report, print_tables
 
 Report = Mapping[str, Any]
 _ENGINES = ("", "tokens", "keys", "p50 ms", "p90", "p99", "std", "GFLOP/s", "GB/s", "to kernel")
@@ -94,22 +86,12 @@ def render_latency(report: Report) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    caveats = "".join(f"<li>{html.escape(text)}</li>" for text in report["caveats"])
-    body = "\n".join(
-        [
-            f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
-            draw_svg(_draw_engines(report)) if report["engines"] else "",
-            draw_svg(_draw_chunks(report)) if report["generation"] else "",
-            *(
-                f"<h2>{title}</h2>\n{html_table(*table)}"
-                for title, table in _tables(report).items()
-            ),
-            f"<h2>what to know</h2>\n<ul>{caveats}</ul>",
-            "<h2>measured on</h2>",
-            html_facts(_facts(report)),
-        ]
-    )
-    return html_page("mc-bench", body)
+    charts = []
+    if report["engines"]:
+        charts.append(draw_svg(_draw_engines(report)))
+    if report["generation"]:
+        charts.append(draw_svg(_draw_chunks(report)))
+    return html_report(report, charts, _tables(report), ("measured on", _facts(report)))
 
 
 def _facts(report: Report) -> dict[str, str]:

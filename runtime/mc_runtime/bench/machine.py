@@ -72,14 +72,13 @@ class _Gpu:
         """Open it; None where the library, the driver or a GPU is missing."""
         try:
             nvml = importlib.import_module("pynvml")
-            nvml.nvmlInit()
-            return cls(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
         except ImportError:
             return None
-        except Exception as error:
-            if type(error).__name__.startswith("NVMLError"):
-                return None
-            raise
+        try:
+            nvml.nvmlInit()
+            return cls(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
+        except nvml.NVMLError:
+            return None
 
     @classmethod
     def describe(cls) -> dict[str, Any] | None:

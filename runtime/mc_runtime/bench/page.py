@@ -5,7 +5,6 @@ Neighbours: `policy_report.build_report` makes the report, `mc-bench run` prints
 
 __all__ = ["draw_plot", "print_report", "render_page"]
 
-import html
 import importlib
 import math
 from collections.abc import Mapping
@@ -14,14 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from mc_engines.errors import require
-from mc_runtime.bench.tables import (
-    Tables,
-    draw_svg,
-    html_facts,
-    html_page,
-    html_table,
-    print_tables,
-)
+from mc_runtime.bench.tables import Tables, draw_svg, html_report, print_tables
 
 Report = Mapping[str, Any]
 _TIME = ("", "seconds", "speed-up", "by FLOPs", "verdict", "outside engines", "policy")
@@ -139,19 +131,8 @@ def render_page(report: Report) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    tables = _tables(report)
-    body = "\n".join(
-        [
-            f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
-            draw_svg(draw_plot(report)) if _fidelity_rows(report) else "",
-            *(f"<h2>{title}</h2>\n{html_table(*table)}" for title, table in tables.items()),
-            "<h2>what to know</h2>",
-            f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in report['caveats'])}</ul>",
-            "<h2>settings</h2>",
-            html_facts(_facts(report)),
-        ]
-    )
-    return html_page("mc-bench", body)
+    charts = [draw_svg(draw_plot(report))] if _fidelity_rows(report) else []
+    return html_report(report, charts, _tables(report), ("settings", _facts(report)))
 
 
 def _facts(report: Report) -> dict[str, str]:

@@ -157,7 +157,7 @@ def predict(model: Model, request: Request) -> dict[str, Any]:
     validate_options(request.options, 0, model.grid)
     plan = plan_run(request.options, 0, model.grid)
     weight_bytes, value_bytes, _ = DTYPES[request.dtype]
-    slots = plan.shape.tokens * max(matrix.step.shape[1] for matrix in plan.matrices)
+    slots = plan.shape.tokens * plan.shape.active.shape[1]
     costs = EngineCosts(model.flops, slots, weight_bytes, value_bytes)
     limits = Limits(rate, attention, device.bandwidth, *astuple(request.efficiency))
     schedule = _schedule(plan, request)
@@ -251,7 +251,7 @@ def _memory(
     model: Model, request: Request, plan: RunPlan, costs: EngineCosts, device: Device
 ) -> dict[str, Any]:
     """What has to lie in the device's memory, whether it fits, and what would make it fit."""
-    chunks = costs.slots // plan.shape.tokens
+    chunks = plan.shape.active.shape[1]
     here = _plan_memory(model, costs, plan.shape.tokens, chunks, plan.shape.branches)
     fits = here.peak <= USABLE * device.memory
     return {
@@ -293,7 +293,7 @@ def _ways_to_fit(
     model: Model, request: Request, plan: RunPlan, costs: EngineCosts, device: Device
 ) -> list[dict[str, Any]]:
     """Changes after which a run fits, the mildest first; at most three."""
-    chunks, branches = costs.slots // plan.shape.tokens, plan.shape.branches
+    chunks, branches = plan.shape.active.shape[1], plan.shape.branches
     streaming = "streamed weights (--max-vram)"
     changes = [(streaming, chunks, branches, True)]
     if branches > 1:

@@ -3,9 +3,7 @@
 __all__ = ["predict_command"]
 
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from mc_runtime.bench.predict import (
     predict,
 )
 from mc_runtime.bench.tables import print_tables
-from mc_runtime.flags import FILE, INPUT, setting_options
+from mc_runtime.display import open_console
+from mc_runtime.flags import FILE, INPUT, choose_options, setting_options
 from mc_runtime.output_file import check_output, write_text
 from motioncache import DecisionTrace
 
@@ -90,11 +89,10 @@ def predict_command(
     if output is not None:
         check_output(output, overwrite)
     described = describe_model(model)
-    given = {name: value for name, value in settings.items() if value is not None}
     report = predict(
         described,
         Request(
-            replace(described.defaults, **given),
+            choose_options(described.defaults, settings),
             device,
             dtype or choose_dtype(device),
             computed,
@@ -104,8 +102,7 @@ def predict_command(
     )
     if output is not None:
         write_text(output, json.dumps(report, indent=2) + "\n")
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    _print(report, Console(width=width, highlight=False, markup=False, emoji=False))
+    _print(report, open_console(_PLAIN_WIDTH))
 
 
 def _print(report: Mapping[str, Any], console: Console) -> None:

@@ -108,7 +108,7 @@ def _transformer_cases(
 ) -> Iterator[Case]:
     plan = pipeline.plan(options)
     length = plan.shape.tokens
-    chunks = max(matrix.step.shape[1] for matrix in plan.matrices)
+    chunks = plan.shape.active.shape[1]
     costs = EngineCosts(
         ModelFlops.from_manifest(pipeline.bundle.manifest.config["transformer"]),
         length * chunks,

@@ -3,15 +3,7 @@
 Neighbours: `page` fills them for `mc-bench run`, `predict_cli` and `compare_cli` for the others.
 """
 
-__all__ = [
-    "Tables",
-    "console_table",
-    "draw_svg",
-    "html_facts",
-    "html_page",
-    "html_table",
-    "print_tables",
-]
+__all__ = ["Tables", "draw_svg", "html_report", "print_tables"]
 
 import html
 import io
@@ -38,7 +30,7 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
-def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Make a table whose first column is the name of each row."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
@@ -51,7 +43,7 @@ def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
 def print_tables(tables: Tables, notes: Iterable[str], console: Console) -> None:
     """Print tables, and below them what a reader has to know."""
     for title, (columns, rows) in tables.items():
-        console.print(console_table(title, columns, rows))
+        console.print(_console_table(title, columns, rows))
     for note in notes:
         console.print(f"- {note}")
 
@@ -65,7 +57,7 @@ def draw_svg(figure: Any) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table; its first column is the name of each row."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "\n".join(
@@ -74,7 +66,7 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
-def html_facts(facts: Mapping[str, str]) -> str:
+def _html_facts(facts: Mapping[str, str]) -> str:
     """Write a table of two columns without a head."""
     rows = "\n".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
@@ -83,9 +75,35 @@ def html_facts(facts: Mapping[str, str]) -> str:
     return f'<div class="wide"><table class="facts">{rows}</table></div>'
 
 
-def html_page(title: str, body: str) -> str:
-    """Put a body into a whole page."""
+def html_report(
+    report: Mapping[str, Any],
+    charts: Iterable[str],
+    tables: Tables,
+    facts: tuple[str, Mapping[str, str]],
+) -> str:
+    """Write a report of `mc-bench run` as one page that needs no other file.
+
+    Args:
+        report: Has `bundle` and `caveats`.
+        charts: Elements of `draw_svg`.
+        tables: Of what was measured.
+        facts: A heading, and everything that the numbers depend on.
+
+    Returns:
+        The page.
+    """
+    caveats = "".join(f"<li>{html.escape(text)}</li>" for text in report["caveats"])
+    body = "\n".join(
+        [
+            f"<h1>{html.escape(report['bundle']['model'] or report['bundle']['path'])}</h1>",
+            *charts,
+            *(f"<h2>{title}</h2>\n{_html_table(*table)}" for title, table in tables.items()),
+            f"<h2>what to know</h2>\n<ul>{caveats}</ul>",
+            f"<h2>{facts[0]}</h2>",
+            _html_facts(facts[1]),
+        ]
+    )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mc-bench</title>'
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
