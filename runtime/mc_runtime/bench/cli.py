@@ -1,6 +1,6 @@
 """`mc-bench run`: what a policy costs and how near its video is to the uncached one.
 
-Neighbours: `policies` runs and measures, `policy_report` and `page` tell.
+Neighbours: `policies` runs and measures, `policy_report` and `policy_page` tell.
 """
 
 __all__ = ["main"]
@@ -21,7 +21,6 @@ from mc_engines.errors import require
 from mc_runtime.bench.baseline import DiffusersProcess
 from mc_runtime.bench.compare_cli import compare_command
 from mc_runtime.bench.latency_cli import latency_flags, run_latency
-from mc_runtime.bench.page import print_report, render_page
 from mc_runtime.bench.policies import (
     Bench,
     Turn,
@@ -31,6 +30,7 @@ from mc_runtime.bench.policies import (
     policy_contender,
     take_turns,
 )
+from mc_runtime.bench.policy_page import print_report, render_page
 from mc_runtime.bench.policy_report import DIFFUSERS, build_report
 from mc_runtime.bench.predict_cli import predict_command
 from mc_runtime.display import open_console

@@ -1,6 +1,6 @@
 """What `mc-bench run` measured, as numbers ready for JSON; `policies.schema.json` describes them.
 
-Neighbours: `policies` measures, `flops` counts, `page` shows the report.
+Neighbours: `policies` measures, `flops` counts, `policy_page` shows the report.
 Ratios say how many times a baseline takes what the policy takes: 2 is twice as fast, half the work.
 """
 

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from mc_engines.bundle_additions import add_files
 from mc_runtime.bench import baseline, cli, policies, policy_report
 from mc_runtime.bench.cli import main
-from mc_runtime.bench.page import render_page
 from mc_runtime.bench.policies import Bench, Turn
+from mc_runtime.bench.policy_page import render_page
 from mc_runtime.bench.policy_report import BUSY_SPREAD
 from mc_runtime.bench.schemas import read_schema
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work, vanilla_work

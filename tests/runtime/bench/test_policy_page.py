@@ -1,10 +1,10 @@
-"""The plot and the numbers of a benchmark's page; test_bench_cli.py has the page of a whole run."""
+"""Plot and numbers of a comparison's page; test_bench_cli.py has the page of a whole run."""
 
 import numpy as np
 import pytest
 
-from mc_runtime.bench import page
-from mc_runtime.bench.page import draw_plot
+from mc_runtime.bench import policy_page
+from mc_runtime.bench.policy_page import draw_plot
 from mc_runtime.fidelity import compare_videos
 
 
@@ -52,4 +52,4 @@ def test_where_nothing_moves_no_moving_region_is_plotted():
     [(0, "0"), (999, "999"), (999_600, "1M"), (1234, "1.23k"), (113.6e15, "114P")],
 )
 def test_operations_have_three_digits_and_a_prefix(flops, text):
-    assert page._count(flops) == text
+    assert policy_page._count(flops) == text

@@ -1,4 +1,4 @@
-"""A benchmark's report as a person reads it: tables on the terminal, one page of HTML.
+"""A comparison of policies as a person reads it: tables on the terminal, one page of HTML.
 
 Neighbours: `policy_report.build_report` makes the report, `mc-bench run` prints and writes this.
 """
