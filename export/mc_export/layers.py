@@ -1,14 +1,56 @@
 """Layers that more than one adapter is made of.
 
-Neighbours: `skyreels` and `umt5`, which use them.
+Neighbours: `skyreels`, `magi` and `umt5`, which use them.
+
+Axes: K tokens, M visible keys, H heads, D head size.
 """
 
-__all__ = ["RmsNorm"]
+__all__ = ["AffineNorm", "Linear", "RmsNorm", "attend", "split_heads"]
 
 import torch
 from torch import Tensor, nn
 
 from mc_export.islands import Island
+
+
+class Linear(nn.Module):
+    """`x @ weight + bias` with the matrix stored [in, out], as ONNX's MatMul takes it.
+
+    Args:
+        inputs: Size of the last axis of what comes in.
+        outputs: Size of the last axis of what goes out.
+        bias: Whether there is one.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map shape (..., in) to (..., out)."""
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
+class AffineNorm(Island):
+    """Layer norm with learned scale and shift.
+
+    Args:
+        channels: Size C of the last axis.
+        epsilon: Added to the variance.
+    """
+
+    def __init__(self, channels: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise shape (..., C)."""
+        shape = (x.shape[-1],)
+        return nn.functional.layer_norm(x, shape, self.weight, self.bias, self.epsilon)
 
 
 class RmsNorm(Island):
@@ -28,3 +70,34 @@ class RmsNorm(Island):
         """Normalise shape (..., C)."""
         square = (hidden * hidden).mean(-1, keepdim=True)
         return hidden * torch.rsqrt(square + self.epsilon) * self.weight
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Turn (1, K, H*D) into (1, H, K, D)."""
+    return x.reshape(1, -1, heads, x.shape[-1] // heads).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend in the form that TensorRT fuses: MatMul, Softmax, MatMul, the scale on q alone.
+
+    Scaling the keys as well, as torch's own decomposition does, would pass over the whole cache.
+    Where several heads of queries share a head of keys, their queries are rows of one matrix, one
+    head after the other: keys are not repeated.
+
+    Args:
+        q: Queries, shape (1, H, K, D).
+        k: Keys, shape (1, G, M, D); H is a multiple of G, and head h of the queries sees head
+            h // (H / G) of the keys.
+        v: Values, shape (1, G, M, D).
+
+    Returns:
+        shape (1, K, H*D).
+    """
+    heads, key_heads = q.shape[1], k.shape[1]
+    if heads != key_heads:
+        q = q.reshape(1, key_heads, -1, q.shape[-1])
+    scores = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+    values = scores @ v
+    if heads != key_heads:
+        values = values.reshape(1, heads, -1, q.shape[-1])
+    return values.transpose(1, 2).flatten(2)

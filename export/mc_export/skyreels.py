@@ -28,39 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from mc_export.islands import Island
-from mc_export.layers import RmsNorm
+from mc_export.layers import AffineNorm, Linear, RmsNorm, attend, split_heads
 
 ROPE_THETA = 10_000.0
 TIMESTEP_THETA = 10_000.0
 MOTION_EPSILON = 1e-8
-
-
-class Linear(nn.Module):
-    """`x @ weight + bias` with the matrix stored [in, out], as ONNX's MatMul takes it."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map shape (..., in) to (..., out)."""
-        return x @ self.weight + self.bias
-
-
-class AffineNorm(Island):
-    """Layer norm with learned scale and shift."""
-
-    def __init__(self, channels: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise shape (..., C)."""
-        shape = (x.shape[-1],)
-        return nn.functional.layer_norm(x, shape, self.weight, self.bias, self.epsilon)
 
 
 class ModulatedNorm(Island):
@@ -105,28 +77,6 @@ class Rotate(Island):
         half = cos.shape[-1]
         first, second = x[..., :half], x[..., half:]
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Turn (1, K, H*D) into (1, H, K, D)."""
-    return x.reshape(1, -1, heads, x.shape[-1] // heads).transpose(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend in the form that TensorRT fuses: MatMul, Softmax, MatMul, the scale on q alone.
-
-    Scaling the keys as well, as torch's own decomposition does, would pass over the whole cache.
-
-    Args:
-        q: Queries, shape (1, H, K, D).
-        k: Keys, shape (1, H, M, D).
-        v: Values, shape (1, H, M, D).
-
-    Returns:
-        shape (1, K, H*D).
-    """
-    scores = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
-    return (scores @ v).transpose(1, 2).flatten(2)
 
 
 class TextProjection(nn.Module):

@@ -115,8 +115,8 @@ def attend_with_diffusers(model, layer, text, parts, sees):
     return y.split([len(part[0]) for part in parts], dim=1)
 
 
-@FEW
 @torch.no_grad()
+@FEW
 @given(
     sizes=SIZES,
     layer=st.integers(0, 1),
@@ -177,8 +177,8 @@ def test_rotary_pairs_are_moved_exactly():
     assert distance(got, torch.cat([pairs.real, pairs.imag], dim=-1)) <= 1e-6
 
 
-@FEW
 @torch.no_grad()
+@FEW
 @given(sizes=SIZES, fps=st.integers(0, 1))
 def test_timestep_equals_the_condition_embedder(sizes, fps):
     model, sources = make(**sizes)
@@ -193,8 +193,8 @@ def test_timestep_equals_the_condition_embedder(sizes, fps):
     assert distance(got[1], head_modulation) <= 1e-6
 
 
-@FEW
 @torch.no_grad()
+@FEW
 @given(sizes=SIZES)
 def test_text_projection_equals_the_condition_embedder(sizes):
     model, sources = make(**sizes)
@@ -203,8 +203,8 @@ def test_text_projection_equals_the_condition_embedder(sizes):
     assert distance(sources["text_projection"].module(embedding), expected) <= 1e-6
 
 
-@FEW
 @torch.no_grad()
+@FEW
 @given(sizes=SIZES, patch=st.sampled_from([(1, 2, 2), (1, 1, 2)]), channels=st.integers(3, 5))
 def test_embed_and_head_equal_a_model_without_blocks(sizes, patch, channels):
     change = dict(num_layers=0, patch_size=patch, in_channels=channels, out_channels=channels + 1)
