@@ -6,17 +6,22 @@ reads `FIELD=VALUE` by its fields (`options`).
 
 __all__ = [
     "FIXED",
+    "MAGI_FIXED",
+    "MAGI_REFERENCE",
     "REFERENCE",
     "Compat",
+    "MagiSwitches",
     "Switches",
     "ThresholdConfig",
     "check_number",
+    "check_warmup",
+    "magi_switches",
     "switches",
 ]
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,11 +29,12 @@ from motioncache.distance import rescale
 from motioncache.policy import Plan, RunShape
 
 Compat = Literal["fixed", "reference"]
+_Set = TypeVar("_Set")  # of switches
 
 
 @dataclass(frozen=True)
 class Switches:
-    """Where `compat="fixed"` departs from the published code, one by one.
+    """Where `compat="fixed"` departs from the published code for SkyReels-V2, one by one.
 
     Attributes:
         reset_history: A new window forgets the last frames that motion is measured from. As
@@ -49,9 +55,38 @@ class Switches:
     latent_motion: bool
 
 
+@dataclass(frozen=True)
+class MagiSwitches:
+    """Where `compat="fixed"` departs from the published code for MAGI-1, one by one.
+
+    Attributes:
+        own_keys: A pass over some tokens of a chunk sees the keys of that chunk's own range. As
+            published it sees those of the oldest active chunk's range, where its own are missing.
+        reuse_velocity: A reused token moves by its last velocity times the coming step. As
+            published it moves by its last increment, whatever the steps' lengths, which grow.
+        force_last_step: A chunk's last step, the longest, is computed in full. As published it may
+            be reused.
+        clean_pass: A finished chunk is evaluated once more as nearly clean, without the prompt, and
+            later chunks see these keys. As published they see those of its last computed step.
+        nearly_clean: Distilled models mix in what the oldest active chunk makes of itself alone,
+            as they do without a cache. As published that guidance is dropped.
+        mix_own_chunk: It is mixed into that chunk, at the tokens that are computed. As published,
+            where it is not dropped, it goes into the oldest chunk that is computed, whose reused
+            tokens then count as computed with a velocity of 0.
+    """
+
+    own_keys: bool
+    reuse_velocity: bool
+    force_last_step: bool
+    clean_pass: bool
+    nearly_clean: bool
+    mix_own_chunk: bool
+
+
 FIXED = Switches(True, True, True, True, True)
 REFERENCE = Switches(False, False, False, False, False)
-_BY_NAME = {"fixed": FIXED, "reference": REFERENCE}
+MAGI_FIXED = MagiSwitches(True, True, True, True, True, True)
+MAGI_REFERENCE = MagiSwitches(False, False, False, False, False, False)
 
 
 def switches(compat: Compat | Switches) -> Switches:
@@ -60,14 +95,24 @@ def switches(compat: Compat | Switches) -> Switches:
     Raises:
         ValueError: There is no such name.
     """
-    if isinstance(compat, Switches):
+    return compat if isinstance(compat, Switches) else _find(compat, FIXED, REFERENCE)
+
+
+def magi_switches(compat: Compat | MagiSwitches) -> MagiSwitches:
+    """Do as `switches` does, for MAGI-1."""
+    if isinstance(compat, MagiSwitches):
         return compat
-    if compat not in _BY_NAME:
+    return _find(compat, MAGI_FIXED, MAGI_REFERENCE)
+
+
+def _find(compat: Any, fixed: _Set, reference: _Set) -> _Set:
+    by_name = {"fixed": fixed, "reference": reference}
+    if compat not in by_name:
         raise ValueError(
             f"compat: expected fixed or reference, got {compat!r}. "
             "fixed mends what reference keeps as published."
         )
-    return _BY_NAME[compat]
+    return by_name[compat]
 
 
 def check_number(
@@ -88,6 +133,20 @@ def check_number(
 def _is_finite(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value)
+
+
+def check_warmup(warmup_steps: int, shape: RunShape) -> None:
+    """Refuse a run within which the warm-up does not end.
+
+    Raises:
+        ValueError: With the largest warm-up that does.
+    """
+    if warmup_steps + 1 > shape.steps:
+        raise ValueError(
+            f"warmup_steps: expected at most {shape.steps - 1} with {shape.steps} steps, as "
+            f"steps 0 to warmup_steps are computed in full, got {warmup_steps}. "
+            "Lower it or raise num_inference_steps."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +179,7 @@ class ThresholdConfig:
         Raises:
             ValueError: With the largest warm-up that does.
         """
-        if self.warmup_steps + 1 > shape.steps:
-            raise ValueError(
-                f"warmup_steps: expected at most {shape.steps - 1} with {shape.steps} steps, as "
-                f"steps 0 to warmup_steps are computed in full, got {self.warmup_steps}. "
-                "Lower it or raise num_inference_steps."
-            )
+        check_warmup(self.warmup_steps, shape)
 
     def accumulate(
         self, tokens: int, accumulated: float, distance: float, clamp: bool

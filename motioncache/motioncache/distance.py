@@ -2,10 +2,11 @@
 
 On SkyReels-V2 the measure is the blocks' modulation e0, which depends on the timestep and the fps
 id alone: `DistanceTable` is computed once per run, before its first step. A policy turns the raw
-relative change into an estimate of how much the blocks' output changes by `rescale`.
+relative change into an estimate of how much the blocks' output changes by `rescale`. On MAGI-1 it
+is the embedded latents themselves: `InputDistance` is measured while the run goes on.
 """
 
-__all__ = ["DistanceTable", "rescale"]
+__all__ = ["DistanceTable", "InputDistance", "rescale"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,48 @@ class DistanceTable:
         """
         chosen = [step for step in steps if step > 0]
         return float(self.change[chosen].sum() / (self.scale[chosen].sum() + EPSILON))
+
+
+@dataclass(frozen=True)
+class InputDistance:
+    """Change of a chunk's embedded latents from one step to the next.
+
+    Attributes:
+        change: Of each token, mean |now - before| over the channels, shape (L,).
+        scale: Of each token, mean |before|, shape (L,).
+    """
+
+    change: NDArray[np.float32]
+    scale: NDArray[np.float32]
+
+    @classmethod
+    def measure(cls, now: NDArray[np.float32], before: NDArray[np.float32]) -> "InputDistance":
+        """Compare embedded tokens with those of the step before.
+
+        Args:
+            now: shape (1, L, C).
+            before: shape (1, L, C).
+
+        Returns:
+            The change of each token.
+
+        Example:
+            >>> before = np.array([[[1.0, 3.0], [0.0, 4.0]]], np.float32)
+            >>> distance = InputDistance.measure(before + 1, before)
+            >>> distance.chunk, distance.tokens.tolist()
+            (0.5, [0.5, 0.5])
+        """
+        return cls(np.abs(now - before).mean(axis=2)[0], np.abs(before).mean(axis=2)[0])
+
+    @property
+    def chunk(self) -> float:
+        """Relative change of the whole chunk: mean |now - before| / (mean |before| + 1e-8)."""
+        return float(self.change.mean() / (self.scale.mean() + EPSILON))
+
+    @property
+    def tokens(self) -> NDArray[np.float32]:
+        """Relative change of each token for itself, shape (L,)."""
+        return self.change / (self.scale + np.float32(EPSILON))
 
 
 def rescale(coefficients: Sequence[float], distance: float, clamp: bool) -> float:

@@ -123,6 +123,8 @@ class Policy:
         motion: What `observe` is told the motion of: the block output of the branch, relative to
             its size, or the clean latents that the step predicts with guidance, in absolute terms
             and the same for all branches.
+        switches: Where the family's way of computing follows the policy; None for the family's
+            own way.
         config: What was bound; None for `none`.
         preset: Name of the preset the configuration came from.
         made_for_steps: Steps of a chunk that the preset was made for, where that is known.
@@ -138,6 +140,7 @@ class Policy:
     clean_pass: bool = True
     reset_history: bool = True
     motion: Literal["output", "latents"] = "output"
+    switches: Any = None
     config: Any = None
     preset: str | None = None
     made_for_steps: int | None = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from motioncache import flowcache, motion, teacache
+from motioncache import flowcache, magi_flowcache, magi_motion, motion, teacache
 from motioncache.options import parse_options
 from motioncache.policy import Policy, none
 
@@ -28,11 +28,20 @@ class Entry(NamedTuple):
     build: Callable[[Any], Policy]
 
 
-POLICIES = {
-    "none": Entry(NoneConfig, lambda config: none()),
-    "teacache": Entry(teacache.TeaCacheConfig, teacache.build),
-    "flowcache": Entry(flowcache.FlowCacheConfig, flowcache.build),
-    "motioncache": Entry(motion.MotionCacheConfig, motion.build),
+_NONE = Entry(NoneConfig, lambda config: none())
+# By family of models. TeaCache has no rule for MAGI-1: published, it stops old chunks for good.
+POLICIES: dict[str, dict[str, Entry]] = {
+    "skyreels": {
+        "none": _NONE,
+        "teacache": Entry(teacache.TeaCacheConfig, teacache.build),
+        "flowcache": Entry(flowcache.FlowCacheConfig, flowcache.build),
+        "motioncache": Entry(motion.MotionCacheConfig, motion.build),
+    },
+    "magi": {
+        "none": _NONE,
+        "flowcache": Entry(magi_flowcache.MagiFlowCacheConfig, magi_flowcache.build),
+        "motioncache": Entry(magi_motion.MagiMotionCacheConfig, magi_motion.build),
+    },
 }
 
 
@@ -106,6 +115,8 @@ _WAN_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.1558352
 _SMALL = ("skyreels-df-1.3b-540p",)
 _LARGE = ("skyreels-df-14b-540p", "skyreels-df-14b-720p")
 _STEPS = 50  # of both papers' measurements
+_MAGI = ("magi-4.5b-distill",)
+_MAGI_STEPS = 64
 _FLOWCACHE = "FlowCache (mikeallen39/FlowCache 1fdfa57), run_flowcache_{}.sh"
 
 
@@ -136,6 +147,33 @@ PUBLISHED = (
         "fast setting is not known",
         _SMALL,
         steps=_STEPS,
+    ),
+    *(
+        Preset(
+            "flowcache",
+            name,
+            {"threshold": threshold},
+            "published",
+            f"FlowCache (mikeallen39/FlowCache 1fdfa57), {file}",
+            _MAGI,
+            "magi",
+            _MAGI_STEPS,
+        )
+        for name, threshold, file in (
+            ("slow", 0.01, "yaml_config/sample/flowcache_vbench.yaml"),
+            ("fast", 0.015, "yaml_config/single_run/config.yaml"),
+        )
+    ),
+    Preset(
+        "motioncache",
+        "published",
+        {"threshold": 0.0065, "chunk_threshold": 0.0065},
+        "published",
+        "MotionCache (ywlq/MotionCache a8d2a47), MotionCache4MAGI-1/addconfig/config.yaml; whether "
+        "it is the paper's slow or fast setting is not known",
+        _MAGI,
+        "magi",
+        _MAGI_STEPS,
     ),
 )
 
@@ -180,31 +218,33 @@ def choose_policy(
             is wrong or missing.
     """
     name, _, preset_name = spec.partition(":")
-    if name not in POLICIES:
+    known = POLICIES[family]
+    if name not in known:
         raise ValueError(
-            f"policy: expected one of {', '.join(POLICIES)}, got {name}. Write NAME or NAME:PRESET."
+            f"policy: expected one of {', '.join(known)}, got {name}. Write NAME or NAME:PRESET."
         )
-    preset = _find_preset(name, preset_name, model, stored)
+    preset = _find_preset(name, preset_name, family, model, stored)
     if preset is not None and preset.family != family:
         raise ValueError(
             f"preset {preset.key}: expected one for the family {family}, got one for "
             f"{preset.family}. Run mc-calibrate on this bundle."
         )
     options = dict(preset.options) if preset else {}
-    changes = parse_options(POLICIES[name].config_type, pairs)
-    policy = make_policy(name, options | changes)
+    changes = parse_options(known[name].config_type, pairs)
+    policy = make_policy(name, options | changes, family)
     if preset is None:
         return policy
     label = f"{preset.name} (changed)" if changes else preset.name
     return replace(policy, preset=label, made_for_steps=preset.steps)
 
 
-def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
+def make_policy(name: str, options: Mapping[str, Any], family: str = "skyreels") -> Policy:
     """Bind settings to a policy of the registry.
 
     Args:
         name: Of the policy.
         options: Fields of its configuration.
+        family: Of the model it is for.
 
     Returns:
         The policy.
@@ -212,7 +252,7 @@ def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
     Raises:
         ValueError: A setting is unknown, wrong, or missing.
     """
-    config_type, build = POLICIES[name]
+    config_type, build = POLICIES[family][name]
     known = {entry.name: entry for entry in fields(config_type)}
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -231,7 +271,7 @@ def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
 
 
 def _find_preset(
-    name: str, preset_name: str, model: str | None, stored: Mapping[str, Any]
+    name: str, preset_name: str, family: str, model: str | None, stored: Mapping[str, Any]
 ) -> Preset | None:
     """Look up a named preset, or the one that holds where none is named."""
     own = {key: value for key, value in stored.items() if key.startswith(f"{name}:")}
@@ -243,7 +283,8 @@ def _find_preset(
         return presets.get("calibrated", only)
     if preset_name in presets:
         return presets[preset_name]
-    others = [p for p in PUBLISHED if p.key == f"{name}:{preset_name}"]
+    key = f"{name}:{preset_name}"
+    others = [preset for preset in PUBLISHED if (preset.family, preset.key) == (family, key)]
     holds = f"It holds for {', '.join(m for p in others for m in p.models)} alone. " * bool(others)
     listed = ", ".join(presets) or "none"
     raise ValueError(

@@ -119,7 +119,7 @@ class _Result:
 )
 @click.option(
     "--policy",
-    type=click.Choice([name for name in POLICIES if name != "none"]),
+    type=click.Choice([name for name in POLICIES["skyreels"] if name != "none"]),
     default="motioncache",
     show_default=True,
     help="The policy to calibrate.",
@@ -209,7 +209,7 @@ def _check_preset(pipeline: VideoPipeline, policy: str, name: str, overwrite: bo
 
 
 def _parse_policy_options(policy: str, pairs: Sequence[str]) -> dict[str, Any]:
-    options = parse_options(POLICIES[policy].config_type, pairs)
+    options = parse_options(POLICIES["skyreels"][policy].config_type, pairs)
     for field in _SETTLED:
         if field in options:
             raise ValueError(

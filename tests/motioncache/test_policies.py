@@ -9,19 +9,36 @@ from hypothesis import strategies as st
 
 from motioncache import Plan, RunShape, Scope, make_policy, motion
 from motioncache.config import FIXED
+from motioncache.distance import InputDistance
 from motioncache.presets import POLICIES
 
 FRAMES, POSITIONS, STEPS = 5, 8, 12
 SHAPE = RunShape(np.ones((STEPS, 1), bool), (0,), 2, FRAMES, POSITIONS, STEPS)
 IDENTITY = {"coefficients": (1.0, 0.0)}
-SETTINGS = {
+WARMUP = {"threshold": 0.3, "warmup_steps": 2}
+SKYREELS = {
     "none": {},
-    "teacache": IDENTITY | {"threshold": 0.3, "warmup_steps": 2},
-    "flowcache": IDENTITY | {"threshold": 0.3, "warmup_steps": 2},
-    "motioncache": IDENTITY | {"threshold": 0.3, "warmup_steps": 2, "coarse_updates": 1},
+    "teacache": IDENTITY | WARMUP,
+    "flowcache": IDENTITY | WARMUP,
+    "motioncache": IDENTITY | WARMUP | {"coarse_updates": 1},
 }
+MAGI = {
+    "none": {},
+    "flowcache": WARMUP,
+    "motioncache": WARMUP | {"chunk_threshold": 0.3, "coarse_steps": 2},
+}
+SETTINGS = {"skyreels": SKYREELS, "magi": MAGI}
+EVERY = [(family, name) for family in POLICIES for name in POLICIES[family]]
 distances = st.lists(st.floats(0, 0.5, width=32), min_size=STEPS, max_size=STEPS)
 seeds = st.integers(0, 2**32 - 1)
+
+
+def measured(family, distances):
+    """The distances as the policies of a family are told them."""
+    if family == "skyreels":
+        return distances
+    ones = np.ones(SHAPE.tokens, np.float32)
+    return [InputDistance(np.float32(distance) * ones, ones) for distance in distances]
 
 
 def run(policy, distances, motions):
@@ -45,26 +62,27 @@ def draw_motions(seed):
 
 
 def motion_policy(**settings):
-    return make_policy("motioncache", SETTINGS["motioncache"] | settings)
+    return make_policy("motioncache", SKYREELS["motioncache"] | settings)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("family", "name"), EVERY)
 @given(distances=distances, seed=seeds)
-def test_every_policy_is_pure_and_starts_in_full(name, distances, seed):
-    policy = make_policy(name, SETTINGS[name])
+def test_every_policy_is_pure_and_starts_in_full(family, name, distances, seed):
+    policy = make_policy(name, SETTINGS[family][name], family)
     policy.check(SHAPE)
+    distances = measured(family, distances)
     first, second = (run(policy, distances, draw_motions(seed)) for _ in range(2))
     assert (masks(first) == masks(second)).all()
     assert all(isinstance(plan, Plan) and plan.recompute.shape == (SHAPE.tokens,) for plan in first)
     assert masks(first)[:3].all(), "steps 0 to warmup_steps are computed in full"
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("family", "name"), EVERY)
 @given(distances=distances, seed=seeds)
-def test_states_are_never_changed_in_place(name, distances, seed):
-    policy = make_policy(name, SETTINGS[name])
+def test_states_are_never_changed_in_place(family, name, distances, seed):
+    policy = make_policy(name, SETTINGS[family][name], family)
     state = policy.init_state(SHAPE, Scope(0, 0, 0))
-    for distance, seen in zip(distances, draw_motions(seed), strict=True):
+    for distance, seen in zip(measured(family, distances), draw_motions(seed), strict=True):
         before = policy.plan_step(state, distance)
         again = policy.plan_step(state, distance)
         assert (before[0].recompute == again[0].recompute).all()
@@ -95,7 +113,7 @@ def test_motioncache_with_even_weights_equals_flowcache(distances):
     even = run(motion_policy(weight_floor=1.0, min_update_ratio=0), distances, draw_motions(0))
     accumulated = np.cumsum(np.float32(distances))
     assume(np.abs(accumulated[:, None] - accumulated - 0.3).min() > 1e-4)  # no rounding decides
-    flow = run(make_policy("flowcache", SETTINGS["flowcache"]), distances, draw_motions(0))
+    flow = run(make_policy("flowcache", SKYREELS["flowcache"]), distances, draw_motions(0))
     assert (masks(even) == masks(flow)).all()
 
 
@@ -176,7 +194,7 @@ def test_clamp_distance():
         value: run(
             make_policy(
                 "motioncache",
-                SETTINGS["motioncache"]
+                SKYREELS["motioncache"]
                 | falling
                 | {"warmup_steps": 0, "compat": replace(FIXED, clamp_distance=value)},
             ),
@@ -221,7 +239,7 @@ def test_motion_is_that_of_latents_or_as_published():
 @pytest.mark.parametrize("name", ["clean_pass", "reset_history"])
 def test_the_published_rules_have_neither(name):
     assert not getattr(motion_policy(compat="reference"), name)
-    flow = make_policy("flowcache", SETTINGS["flowcache"] | {"compat": "reference"})
+    flow = make_policy("flowcache", SKYREELS["flowcache"] | {"compat": "reference"})
     assert not flow.clean_pass
 
 
@@ -232,7 +250,7 @@ def test_the_published_rules_have_neither(name):
 @given(first=distances, second=distances, seed=seeds)
 def test_branches_never_share_state(name, first, second, seed):
     """Two branches whose steps alternate decide as each would alone."""
-    policy = make_policy(name, SETTINGS[name])
+    policy = make_policy(name, SKYREELS[name])
     motions = draw_motions(seed), draw_motions(seed + 1)
     alone = [
         masks(run(policy, steps, seen))
@@ -250,8 +268,8 @@ def test_branches_never_share_state(name, first, second, seed):
 
 
 def test_teacache_decides_for_a_window():
-    assert make_policy("teacache", SETTINGS["teacache"]).scope == "window"
-    assert make_policy("flowcache", SETTINGS["flowcache"]).scope == "chunk"
+    assert make_policy("teacache", SKYREELS["teacache"]).scope == "window"
+    assert make_policy("flowcache", SKYREELS["flowcache"]).scope == "chunk"
 
 
 # Wrong settings
@@ -316,12 +334,13 @@ def test_a_wrong_setting_is_refused(settings, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", ["teacache", "flowcache", "motioncache"])
-def test_a_warmup_beyond_the_steps_is_refused(name):
+@pytest.mark.parametrize(("family", "name"), [pair for pair in EVERY if pair[1] != "none"])
+def test_a_warmup_beyond_the_steps_is_refused(family, name):
+    settings = SETTINGS[family][name]
     with pytest.raises(ValueError) as error:
-        make_policy(name, SETTINGS[name] | {"warmup_steps": STEPS}).check(SHAPE)
+        make_policy(name, settings | {"warmup_steps": STEPS}, family).check(SHAPE)
     assert str(error.value) == (
         "warmup_steps: expected at most 11 with 12 steps, as steps 0 to warmup_steps are computed "
         "in full, got 12. Lower it or raise num_inference_steps."
     )
-    make_policy(name, SETTINGS[name] | {"warmup_steps": STEPS - 1}).check(SHAPE)
+    make_policy(name, settings | {"warmup_steps": STEPS - 1}, family).check(SHAPE)

@@ -35,6 +35,22 @@ def test_flowcache_as_published(name, threshold, model):
     assert policy.made_for_steps == (50 if model == SMALL else None)
 
 
+@pytest.mark.parametrize(("name", "threshold"), [("slow", 0.01), ("fast", 0.015)])
+def test_flowcache_on_magi_as_published(name, threshold):
+    policy = choose(f"flowcache:{name}", model="magi-4.5b-distill", family="magi")
+    assert (policy.config.threshold, policy.config.warmup_steps) == (threshold, 4)
+    assert policy.made_for_steps == 64
+
+
+def test_motioncache_on_magi_as_published():
+    config = choose("motioncache:published", model="magi-4.5b-distill", family="magi").config
+    assert (config.chunk_threshold, config.threshold) == (0.0065, 0.0065)
+    # warmup_steps 5 and chunk_wise_only_steps 20 of the published file
+    assert (config.warmup_steps, config.coarse_end) == (4, 25)
+    assert (config.weight_floor, config.weight_power, config.vote_frames) == (0.6, 1.0, None)
+    assert (config.first_reuse_cap, config.last_reuse_cap) == (1, 1)
+
+
 def test_motioncache_as_published():
     config = choose("motioncache:published", model=SMALL).config
     assert (config.threshold, config.warmup_steps, config.coarse_updates) == (0.1, 4, 6)
@@ -43,12 +59,12 @@ def test_motioncache_as_published():
 
 
 def test_every_published_preset_makes_its_policy_and_says_its_source():
-    assert len(PUBLISHED) == 5
+    assert len(PUBLISHED) == 8
     for preset in PUBLISHED:
         assert (preset.origin, preset.reached) == ("published", {})
         assert preset.source
         for model in preset.models:
-            assert choose(preset.key, model=model).name == preset.policy
+            assert choose(preset.key, model=model, family=preset.family).name == preset.policy
 
 
 def test_a_preset_survives_the_manifest():
@@ -95,6 +111,11 @@ def test_options_round_trip(config):
         (
             {"spec": "motion"},
             "policy: expected one of none, teacache, flowcache, motioncache, got motion. "
+            "Write NAME or NAME:PRESET.",
+        ),
+        (
+            {"spec": "teacache", "family": "magi"},
+            "policy: expected one of none, flowcache, motioncache, got teacache. "
             "Write NAME or NAME:PRESET.",
         ),
         (

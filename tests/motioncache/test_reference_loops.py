@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mc_runtime.schedule import step_matrix
 from motioncache import DistanceTable, RunShape, Scope, make_policy
+from motioncache.distance import InputDistance
 from motioncache.forecast import forecast_chunk, forecast_window
 
 STEPS = 20
@@ -84,6 +85,38 @@ def test_flowcache(modulation, coefficients, threshold, warmup, clamp):
     table = DistanceTable.from_modulation(modulation)
     found = [bool(step.plan.recompute[0]) for step in forecast_chunk(policy, shape, table)]
     assert found == flowcache_loop(modulation, threshold, coefficients, warmup + 1, clamp)
+
+
+def magi_flowcache_loop(inputs, threshold, warmup, last_steps):
+    """Per step of a chunk: True where it is computed; `inputs` are its embedded latents."""
+    done, accumulated = [True], 0.0
+    for step in range(1, len(inputs)):
+        if step < warmup or step in last_steps:
+            accumulated, reuse = 0.0, False
+        else:
+            accumulated += relative_l1(inputs[step], inputs[step - 1])
+            reuse = accumulated < threshold
+            if not reuse:
+                accumulated = 0.0
+        done.append(not reuse)
+    return done
+
+
+@given(modulations, st.floats(0, 2), st.integers(1, 8), st.booleans(), st.integers(0, 2))
+def test_flowcache_on_magi(inputs, threshold, warmup, fixed, chunk):
+    settings = {"threshold": threshold, "warmup_steps": warmup - 1}
+    settings["compat"] = "fixed" if fixed else "reference"
+    policy = make_policy("flowcache", settings, "magi")
+    shape = RunShape(step_matrix(3, STEPS, 5).update, (0,), 1, 6, 1, STEPS)
+    state, found = policy.init_state(shape, Scope(0, 0, chunk)), []
+    for step, now in enumerate(inputs):
+        before = inputs[max(step - 1, 0)]
+        distance = InputDistance.measure(now[None], before[None])
+        plan, state = policy.plan_step(state, distance)
+        found.append(bool(plan.recompute[0]))
+    # As published, the last step is computed in the last row of the run, so of the last chunk.
+    last_steps = {STEPS - 1} if fixed or chunk == 2 else set()
+    assert found == magi_flowcache_loop(inputs, threshold, warmup, last_steps)
 
 
 @given(modulations, polynomials, st.floats(0, 2), st.integers(0, 8), st.integers(1, 6))
