@@ -33,22 +33,25 @@ _THROTTLING = {
 }
 
 
-def describe_machine(threads: int | None) -> dict[str, Any]:
+def describe_machine(threads: int | None, device: int = 0) -> dict[str, Any]:
     """Describe processor, memory, GPU and versions.
 
     Args:
         threads: Of one operator; None where ONNX Runtime takes every physical core.
+        device: Number of the GPU.
 
     Returns:
-        JSON-ready values; `gpu` is None where there is none, or no driver.
+        JSON-ready values; `gpu` is None where there is none, or no driver, and so is what the
+        driver does not tell of it.
     """
+    gpu = _Gpu.open(device)
     return {
         "cpu": _cpu_name(),
         "logical_cores": os.cpu_count() or 1,
         "threads": threads,
         "platform": platform.platform(),
         "versions": list_versions(),
-        "gpu": _Gpu.describe(),
+        "gpu": None if gpu is None else gpu.describe(),
     }
 
 
@@ -62,73 +65,93 @@ def _cpu_name() -> str:
 
 
 class _Gpu:
-    """The first GPU as NVML sees it."""
+    """A GPU as NVML sees it. What a board cannot tell, as Jetson cannot much of it, is None."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
-        self.nvml, self.handle = nvml, handle
+        self._nvml, self._handle = nvml, handle
 
     @classmethod
-    def open(cls) -> "_Gpu | None":
-        """Open it; None where the library, the driver or a GPU is missing."""
+    def open(cls, number: int) -> "_Gpu | None":
+        """Open it by its number; None where the library, the driver or the GPU is missing."""
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
             return None
         try:
             nvml.nvmlInit()
-            return cls(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
+            return cls(nvml, nvml.nvmlDeviceGetHandleByIndex(number))
         except nvml.NVMLError:
             return None
 
-    @classmethod
-    def describe(cls) -> dict[str, Any] | None:
+    def describe(self) -> dict[str, Any]:
         """Its name, driver, power limit and memory."""
-        gpu = cls.open()
-        if gpu is None:
-            return None
-        nvml, handle = gpu.nvml, gpu.handle
         return {
-            "name": _text(nvml.nvmlDeviceGetName(handle)),
-            "driver": _text(nvml.nvmlSystemGetDriverVersion()),
-            "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-            "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).total,
+            "name": _text(self._ask("nvmlDeviceGetName")),
+            "driver": _text(self._query("nvmlSystemGetDriverVersion")),
+            "power_limit_w": _scale(self._ask("nvmlDeviceGetEnforcedPowerLimit")),
+            "memory_bytes": getattr(self._ask("nvmlDeviceGetMemoryInfo"), "total", None),
         }
 
-    def sample(self) -> dict[str, float]:
+    def sample(self) -> dict[str, float | None]:
         """Clocks, power, temperature and memory now."""
-        nvml, handle = self.nvml, self.handle
         return {
-            "gpu_sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "gpu_power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "gpu_temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "gpu_memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).used,
+            "gpu_sm_clock_mhz": self._ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            "gpu_power_w": _scale(self._ask("nvmlDeviceGetPowerUsage")),
+            "gpu_temperature_c": self._ask("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+            "gpu_memory_bytes": self.memory(),
         }
 
-    def throttling(self) -> set[str]:
+    def memory(self) -> int | None:
+        """Bytes in use now, by every program."""
+        used: int | None = getattr(self._ask("nvmlDeviceGetMemoryInfo"), "used", None)
+        return used
+
+    def throttling(self) -> set[str] | None:
         """Why the clocks are lower now than asked for."""
-        bits = self.nvml.nvmlDeviceGetCurrentClocksEventReasons(self.handle)
+        bits = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+        if bits is None:
+            return None
         return {reason for bit, reason in _THROTTLING.items() if bits & bit}
 
+    def _ask(self, query: str, *constants: str) -> Any:
+        """Query this GPU; None where this version of NVML or the board has no such thing."""
+        return self._query(query, self._handle, *(getattr(self._nvml, name) for name in constants))
 
-def _text(value: str | bytes) -> str:
+    def _query(self, query: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._nvml, query)(*arguments)
+        except (self._nvml.NVMLError, AttributeError):
+            return None
+
+
+def _scale(value: float | None) -> float | None:
+    """Thousandths as ones."""
+    return None if value is None else value / 1e3
+
+
+def _text(value: str | bytes | None) -> str | None:
     return value.decode() if isinstance(value, bytes) else value
 
 
 class Monitor:
     """Samples the machine in a thread of its own while a `with` block runs.
 
+    Args:
+        device: Number of the GPU.
+
     Attributes:
         peaks: Largest resident bytes of this process, by kind: anonymous, mapped, shared, and
             `total` of all three at one moment, where /proc tells; `device` is what is in use of a
             GPU's memory, by every program.
-        series: Samples by name, every half second.
-        throttling: Why a GPU's clocks were lower than asked for.
+        series: Samples by name, every half second; None where the GPU did not tell.
+        throttling: Why a GPU's clocks were lower than asked for; None where it never told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
         self.peaks: dict[str, int] = {}
-        self.series: dict[str, list[float]] = {}
-        self.throttling: set[str] = set()
+        self.series: dict[str, list[float | None]] = {}
+        self.throttling: set[str] | None = set()
+        self._device = device
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -139,34 +162,44 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._take_memory()
 
     def _watch(self) -> None:
-        gpu, next_slow = _Gpu.open(), time.monotonic()
+        gpu = _Gpu.open(self._device)
+        if gpu is not None:
+            self.throttling = None
+        # psutil tells the load since the same thread asked before, and at first 0.
+        _sample_cpu()
+        due, asked = time.monotonic(), time.monotonic()
         while not self._stop.wait(_INTERVAL):
-            self._take_memory()
-            if time.monotonic() >= next_slow:
-                next_slow += _SLOW_INTERVAL
+            self._take_memory(gpu)
+            if time.monotonic() >= due:
+                due, asked = due + _SLOW_INTERVAL, time.monotonic()
                 self._take_rest(gpu)
+        self._take_memory(gpu)
+        if not self.series or time.monotonic() - asked >= _INTERVAL:
+            self._take_rest(gpu)
 
-    def _take_memory(self) -> None:
+    def _take_memory(self, gpu: _Gpu | None) -> None:
         now = _read_resident()
-        for kind, amount in (now | {"total": sum(now.values())}).items() if now else ():
+        if now:
+            now["total"] = sum(now.values())
+        if gpu is not None and (used := gpu.memory()) is not None:
+            now["device"] = used
+        for kind, amount in now.items():
             self.peaks[kind] = max(amount, self.peaks.get(kind, 0))
 
     def _take_rest(self, gpu: _Gpu | None) -> None:
         for name, value in (_sample_cpu() | (gpu.sample() if gpu else {})).items():
             self.series.setdefault(name, []).append(value)
-        if gpu is not None:
-            self.throttling |= gpu.throttling()
-            self.peaks["device"] = int(max(self.series["gpu_memory_bytes"]))
+        if gpu is not None and (reasons := gpu.throttling()) is not None:
+            self.throttling = reasons | (self.throttling or set())
 
     def to_json(self) -> dict[str, Any]:
         """What was seen, ready for JSON."""
         return {
             "interval_s": _SLOW_INTERVAL,
             "samples": self.series,
-            "throttling": sorted(self.throttling),
+            "throttling": None if self.throttling is None else sorted(self.throttling),
         }
 
 
@@ -184,12 +217,15 @@ def _read_resident() -> dict[str, int]:
     }
 
 
-def _sample_cpu() -> dict[str, float]:
+def _sample_cpu() -> dict[str, float | None]:
     """Load and clock of the processor; nothing without psutil."""
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:
         return {}
-    frequency = psutil.cpu_freq()
+    try:
+        frequency = psutil.cpu_freq()
+    except (OSError, NotImplementedError):  # a board whose kernel does not tell
+        frequency = None
     clock = {"cpu_clock_mhz": frequency.current} if frequency else {}
     return {"cpu_percent": psutil.cpu_percent(), **clock}
