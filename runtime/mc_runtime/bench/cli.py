@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from mc_engines.command import command
 from mc_engines.errors import require
 from mc_runtime.bench.baseline import DiffusersProcess
 from mc_runtime.bench.compare_cli import compare_command
+from mc_runtime.bench.ending import Ending
 from mc_runtime.bench.latency_cli import latency_flags, run_latency
+from mc_runtime.bench.machine import describe_machine
 from mc_runtime.bench.policies import (
     Bench,
     Turn,
@@ -31,7 +33,7 @@ from mc_runtime.bench.policies import (
     take_turns,
 )
 from mc_runtime.bench.policy_page import print_report, render_page
-from mc_runtime.bench.policy_report import DIFFUSERS, build_report
+from mc_runtime.bench.policy_report import DIFFUSERS, Compared, build_report
 from mc_runtime.bench.predict_cli import predict_command
 from mc_runtime.display import open_console
 from mc_runtime.fidelity import Lpips, compare_videos
@@ -108,35 +110,34 @@ def run(
     if html is not None:
         require("matplotlib", "bench")
     if values["engines"] or values["generation"]:
-        _time(bundle, output, html, quiet, values)
+        _time(bundle, values | {"output": output, "html": html}, quiet)
         return
     say = make_say(quiet)
     bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values, say)
     lpips = Lpips(values["lpips"], values["threads"]) if values["lpips"] else None
     _rehearse_judging(bench, lpips)
-    report = _measure(bench, lpips, values["checkpoint"], say)
+    ending = Ending()
+    report = _measure(bench, lpips, values["checkpoint"], say, ending)
     if output is not None:
         write_text(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if html is not None:
         write_text(html, render_page(report))
     print_report(report, open_console(_PLAIN_WIDTH))
+    ending.raise_again()
 
 
-def _time(
-    bundle: Path, output: Path | None, html: Path | None, quiet: bool, values: dict[str, Any]
-) -> None:
+def _time(bundle: Path, values: dict[str, Any], quiet: bool) -> None:
     """Time engines and generations instead of comparing policies."""
     for name in ("lpips", "baseline"):
         if values[name] is not None:
             raise click.UsageError(f"--{name} is for comparing policies. Leave it out.")
     prompts = _read_prompts(values["prompt"], values["prompts"]) if values["generation"] else ()
     settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
-    outputs = {"output": output, "html": html}
     run_latency(
         bundle,
         lambda pipeline: choose_options(pipeline.default_options, settings),
         prompts,
-        values | outputs,
+        values,
         quiet,
     )
 
@@ -185,9 +186,43 @@ def _read_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
 
 
 def _measure(
-    bench: Bench, lpips: Lpips | None, checkpoint: Path | None, say: Callable[[str], None]
+    bench: Bench,
+    lpips: Lpips | None,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+    ending: Ending,
 ) -> dict[str, Any]:
-    """Run everything, baseline included, and make the report."""
+    """Run everything, and report it, or what of it there is when an interrupt or an error ends it.
+
+    Args:
+        bench: What is run.
+        lpips: The graph for LPIPS.
+        checkpoint: Of the baseline diffusers; None without it.
+        say: Told how it goes.
+        ending: Holds back what ended it.
+
+    Returns:
+        The report.
+
+    Raises:
+        BaseException: It ended before a policy had been measured.
+    """
+    compared = Compared(describe_machine(bench.pipeline.threads), lpips is not None)
+    with ending:
+        _compare(bench, lpips, checkpoint, say, compared)
+    if not compared.turns.of:
+        ending.raise_again()
+    return build_report(bench, replace(compared, ended_by=ending.reason))
+
+
+def _compare(
+    bench: Bench,
+    lpips: Lpips | None,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+    compared: Compared,
+) -> None:
+    """Run the policies, and the baseline beside them, and judge the frames."""
 
     def advance(name: str, turn: Turn) -> None:
         say(f"turn {turn.round + 1}, prompt {turn.prompt + 1}, {name}: {turn.seconds:.2f} s")
@@ -199,6 +234,7 @@ def _measure(
             baseline = stack.enter_context(
                 DiffusersProcess(checkpoint, folder, bench.options, bench.pipeline.threads)
             )
+            compared.diffusers_versions = baseline.versions
         embeddings = encode_prompts(bench.pipeline, bench.prompts, bench.options, say)
         contenders = {
             name: policy_contender(bench, policy, embeddings)
@@ -208,9 +244,7 @@ def _measure(
             contenders[DIFFUSERS] = baseline.contender(
                 bench.pipeline.draw_noise(bench.options), embeddings
             )
-        turns = take_turns(contenders, len(bench.prompts), bench.rounds, advance)
+        take_turns(contenders, len(bench.prompts), bench.rounds, compared.turns, advance)
         say("comparing frames")
         frames = (baseline.frames,) if baseline is not None else ()
-        judgement = judge_frames(bench, turns, lpips, *frames)
-        versions = None if baseline is None else baseline.versions
-    return build_report(bench, turns, judgement, versions, lpips is not None)
+        judge_frames(bench, compared.turns, compared.judgement, lpips, *frames)

@@ -8,6 +8,7 @@ came out; `baseline` is diffusers as one more contender.
 __all__ = [
     "Bench",
     "Judgement",
+    "Scores",
     "Turn",
     "Turns",
     "check_policies",
@@ -99,13 +100,18 @@ class Turns:
     """Everything that was timed.
 
     Attributes:
-        of: The turns of each contender, in the order of time.
+        of: The turns of each contender that has had one, in the order of time.
         reference_ms: Of a fixed matrix product before every turn and after the last: only another
             program on the machine makes it vary.
     """
 
-    of: dict[str, list[Turn]]
+    of: dict[str, list[Turn]] = field(default_factory=dict)
     reference_ms: list[float] = field(default_factory=list)
+
+    @property
+    def spread(self) -> float:
+        """How many times the least time of the kernel its largest is."""
+        return max(self.reference_ms) / min(self.reference_ms)
 
 
 class _Enough(Exception):
@@ -199,23 +205,22 @@ def take_turns(
     contenders: Mapping[str, Contender],
     prompts: int,
     rounds: int,
+    turns: Turns,
     advance: Callable[[str, Turn], None] = lambda name, turn: None,
-) -> Turns:
+) -> None:
     """Run everything in turns, after a warm-up of each that is not counted.
 
     Args:
         contenders: By name. Each repetition begins with the next of them.
         prompts: How many there are.
         rounds: How often every contender runs each prompt.
+        turns: Is filled with the times and with what the first repetition gave, so that what was
+            measured is there after an interrupt.
         advance: Called after every turn.
-
-    Returns:
-        The times, and what the first repetition gave.
     """
     names = list(contenders)
     for contender in contenders.values():
         contender(0, WARMUP_ROWS)
-    turns = Turns({name: [] for name in names})
     for number in range(rounds):
         first = number % len(names)
         for prompt in range(prompts):
@@ -225,58 +230,76 @@ def take_turns(
                 turn = replace(contenders[name](prompt, None), round=number)
                 if number:
                     turn = replace(turn, latents=(), trace=None)
-                turns.of[name].append(turn)
+                turns.of[name] = [*turns.of.get(name, ()), turn]  # an interrupt leaves no empty one
                 advance(name, turn)
     turns.reference_ms.append(time_kernel())
-    return turns
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """How near the frames are; each list goes by prompt.
+class Scores:
+    """How near the frames of one prompt are.
 
     Attributes:
         policies: Of each policy, against `none`.
         none_to_diffusers: Of `none` against diffusers, where that ran and has a VAE.
     """
 
-    policies: dict[str, list[Fidelity]]
-    none_to_diffusers: list[Fidelity]
+    policies: Mapping[str, Fidelity]
+    none_to_diffusers: Fidelity | None
+
+
+@dataclass
+class Judgement:
+    """How near the frames are.
+
+    Attributes:
+        prompts: By prompt; fewer than there are after an interrupt, none without a VAE.
+    """
+
+    prompts: list[Scores] = field(default_factory=list)
+
+    def of_policy(self, name: str) -> list[Fidelity]:
+        """Scores of a policy against `none`."""
+        return [scores.policies[name] for scores in self.prompts]
+
+    @property
+    def none_to_diffusers(self) -> list[Fidelity]:
+        """Scores of `none` against diffusers, where that ran and has a VAE."""
+        found = [scores.none_to_diffusers for scores in self.prompts]
+        return [scores for scores in found if scores is not None]
 
 
 def judge_frames(
     bench: Bench,
     turns: Turns,
+    judgement: Judgement,
     lpips: Lpips | None,
     baseline_frames: Callable[[int], Frames | None] = lambda prompt: None,
-) -> Judgement:
+) -> None:
     """Decode what the first repetition gave and compare it; two videos are in memory at a time.
 
     Args:
         bench: What was run.
         turns: Of every policy.
+        judgement: Is filled prompt by prompt; stays empty without a VAE.
         lpips: The graph for LPIPS.
         baseline_frames: Those of diffusers by prompt, to hold `none` against.
-
-    Returns:
-        The scores; none without a VAE.
     """
-    judgement = Judgement({name: [] for name in bench.policies}, [])
     decoder = bench.decoder
     if decoder is None:
-        return judgement
+        return
     for prompt in range(len(bench.prompts)):
         # The first repetition runs every prompt once, in order.
         reference, chunks = _decode(decoder, turns.of[REFERENCE][prompt].latents)
+        scores = {}
         for name in bench.policies:
             frames = reference
             if name != REFERENCE:
                 frames, _ = _decode(decoder, turns.of[name][prompt].latents)
-            judgement.policies[name].append(compare_videos(reference, frames, chunks, lpips))
+            scores[name] = compare_videos(reference, frames, chunks, lpips)
         theirs = baseline_frames(prompt)
-        if theirs is not None:
-            judgement.none_to_diffusers.append(compare_videos(theirs, reference, chunks, lpips))
-    return judgement
+        to_theirs = None if theirs is None else compare_videos(theirs, reference, chunks, lpips)
+        judgement.prompts.append(Scores(scores, to_theirs))
 
 
 def _decode(decoder: VaeDecoder, latents: Iterable[Latents]) -> tuple[Frames, list[slice]]:

@@ -4,16 +4,15 @@ Neighbours: `policies` measures, `flops` counts, `policy_page` shows the report.
 Ratios say how many times a baseline takes what the policy takes: 2 is twice as fast, half the work.
 """
 
-__all__ = ["DIFFUSERS", "build_report"]
+__all__ = ["DIFFUSERS", "Compared", "build_report"]
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mc_runtime.bench.machine import describe_machine
 from mc_runtime.bench.policies import REFERENCE, Bench, Judgement, Turn, Turns, check_policies
 from mc_runtime.bench.reference import BUSY_SPREAD
 from mc_runtime.fidelity import Fidelity
@@ -55,30 +54,40 @@ class _Counts:
         return cls(Work(**parts), sum(asked) // len(asked))
 
 
-def build_report(
-    bench: Bench,
-    turns: Turns,
-    judgement: Judgement,
-    diffusers_versions: Mapping[str, str] | None = None,
-    lpips: bool = False,
-) -> dict[str, Any]:
+@dataclass
+class Compared:
+    """Everything that was measured; filled as it goes.
+
+    Attributes:
+        environment: Of `describe_machine`.
+        lpips: Whether LPIPS is measured.
+        turns: The times, and traces of the first repetition.
+        judgement: How near the frames are.
+        diffusers_versions: Of the libraries behind the baseline; None without one.
+        ended_by: What ended it before its end, in words.
+    """
+
+    environment: Mapping[str, Any]
+    lpips: bool = False
+    turns: Turns = field(default_factory=Turns)
+    judgement: Judgement = field(default_factory=Judgement)
+    diffusers_versions: Mapping[str, str] | None = None
+    ended_by: str | None = None
+
+
+def build_report(bench: Bench, compared: Compared) -> dict[str, Any]:
     """Put together what was measured.
 
     Args:
-        bench: What was run.
-        turns: The times, and traces of the first repetition.
-        judgement: How near the frames are.
-        diffusers_versions: Of the libraries behind the baseline, if that ran.
-        lpips: Whether LPIPS was measured.
+        bench: What was to be run.
+        compared: What was measured: at least a turn of `none`.
 
     Returns:
-        A report that follows `policies.schema.json`.
+        A report that follows `policies.schema.json`; policies that had no turn are missing.
     """
-    manifest = bench.pipeline.bundle.manifest
+    manifest, turns = bench.pipeline.bundle.manifest, compared.turns
     flops = ModelFlops.from_manifest(manifest.config["transformer"])
-    spread = max(turns.reference_ms) / min(turns.reference_ms)
-    busy = spread > BUSY_SPREAD
-    traces = {name: _traces(turns.of[name]) for name in bench.policies}
+    traces = {name: _traces(turns.of[name]) for name in bench.policies if name in turns.of}
     plan = bench.pipeline.plan(bench.options)
     job = Job.from_plan(plan, traces[REFERENCE][0].run["text_tokens"])
     baselines = {
@@ -86,11 +95,14 @@ def build_report(
         "chunk_causal": chunk_causal_work(flops, job),
     }
     policies = [
-        _describe_policy(name, policy, turns, traces[name], flops, baselines, judgement, spread)
-        for name, policy in bench.policies.items()
+        _describe_policy(
+            name, bench.policies[name], compared, own, _Counts.of_traces(flops, own), baselines
+        )
+        for name, own in traces.items()
     ]
     report = {
         "schema": SCHEMA,
+        "partial": compared.ended_by is not None,
         "bundle": {
             "path": str(bench.pipeline.bundle.path.absolute()),
             "hash": bench.pipeline.bundle.model_hash,
@@ -99,18 +111,18 @@ def build_report(
         "settings": asdict(bench.options),
         "prompts": list(bench.prompts),
         "rounds": bench.rounds,
-        "environment": describe_machine(bench.pipeline.threads),
+        "environment": dict(compared.environment),
         "reference_kernel": {
             "samples_ms": turns.reference_ms,
-            "spread": spread,
+            "spread": turns.spread,
             "limit": BUSY_SPREAD,
-            "busy": busy,
+            "busy": turns.spread > BUSY_SPREAD,
         },
         "baseline_flops": {name: work.to_json() for name, work in baselines.items()},
         "policies": policies,
-        "diffusers": _describe_diffusers(turns, judgement, diffusers_versions),
+        "diffusers": _describe_diffusers(compared),
     }
-    return report | {"caveats": _list_caveats(bench, report, traces, lpips)}
+    return report | {"caveats": _list_caveats(bench, report, traces, compared)}
 
 
 def _traces(turns: Sequence[Turn]) -> list[DecisionTrace]:
@@ -119,6 +131,17 @@ def _traces(turns: Sequence[Turn]) -> list[DecisionTrace]:
 
 def _median(turns: Sequence[Turn]) -> float:
     return statistics.median(turn.seconds for turn in turns)
+
+
+def _ratio(first: Sequence[Turn], second: Sequence[Turn]) -> float:
+    """Median of one to that of another, of the prompts and repetitions that both have run."""
+    sides = ({(turn.prompt, turn.round) for turn in turns} for turns in (first, second))
+    common = set.intersection(*sides)
+    medians = [
+        _median([turn for turn in turns if (turn.prompt, turn.round) in common])
+        for turns in (first, second)
+    ]
+    return medians[0] / medians[1]
 
 
 def _share(turns: Sequence[Turn], part: str) -> float:
@@ -130,15 +153,14 @@ def _share(turns: Sequence[Turn], part: str) -> float:
 def _describe_policy(
     name: str,
     policy: Policy,
-    turns: Turns,
+    compared: Compared,
     traces: Sequence[DecisionTrace],
-    flops: ModelFlops,
+    counts: _Counts,
     baselines: Mapping[str, Work],
-    judgement: Judgement,
-    spread: float,
 ) -> dict[str, Any]:
-    own, counts = turns.of[name], _Counts.of_traces(flops, traces)
-    speedup = _median(turns.of[REFERENCE]) / _median(own)
+    turns = compared.turns
+    own = turns.of[name]
+    speedup = _ratio(turns.of[REFERENCE], own)
     decided = [(trace.recompute >= 0).sum() for trace in traces]
     reused = [(trace.recompute == 0).sum() for trace in traces]
     return {
@@ -149,14 +171,14 @@ def _describe_policy(
         "samples": [_sample(turn) for turn in own],
         "median_seconds": _median(own),
         "speedup": speedup,
-        "verdict": None if name == REFERENCE else _judge_speed(speedup, spread),
+        "verdict": None if name == REFERENCE else _judge_speed(speedup, turns.spread),
         "outside_engines_share": 1 - _share(own, "engine_seconds"),
         "policy_share": _share(own, "policy_seconds"),
         "flops": counts.work.to_json(),
         "flops_ratio": {key: work.total / counts.work.total for key, work in baselines.items()},
         "reuse_ratio": float(sum(reused) / sum(decided)),
         "padding_waste": 1 - counts.asked / counts.work.total,
-        "fidelity": _describe_fidelity(judgement.policies[name]),
+        "fidelity": _describe_fidelity(compared.judgement.of_policy(name)),
     }
 
 
@@ -196,24 +218,24 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _describe_diffusers(
-    turns: Turns, judgement: Judgement, versions: Mapping[str, str] | None
-) -> dict[str, Any] | None:
-    if versions is None:
+def _describe_diffusers(compared: Compared) -> dict[str, Any] | None:
+    of = compared.turns.of
+    if compared.diffusers_versions is None or DIFFUSERS not in of:
         return None
-    theirs, ours = turns.of[DIFFUSERS], turns.of[REFERENCE]
+    theirs, ours = of[DIFFUSERS], of[REFERENCE]
+    # The first repetition runs every prompt once, in order, `none` before diffusers.
     errors = [
         float(np.abs(np.concatenate(mine.latents, axis=1) - expected.latents[0]).max())
-        for mine, expected in zip(ours, theirs, strict=True)
+        for mine, expected in zip(ours, theirs, strict=False)
         if expected.round == 0
     ]
     return {
-        "versions": dict(versions),
+        "versions": dict(compared.diffusers_versions),
         "samples": [_sample(turn) for turn in theirs],
         "median_seconds": _median(theirs),
-        "none_speedup": _median(theirs) / _median(ours),
+        "none_speedup": _ratio(theirs, ours),
         "latents_max_difference": max(errors),
-        "none_fidelity": _describe_fidelity(judgement.none_to_diffusers),
+        "none_fidelity": _describe_fidelity(compared.judgement.none_to_diffusers),
     }
 
 
@@ -221,11 +243,13 @@ def _list_caveats(
     bench: Bench,
     report: Mapping[str, Any],
     traces: Mapping[str, Sequence[DecisionTrace]],
-    lpips: bool,
+    compared: Compared,
 ) -> list[str]:
     """What a reader has to know before believing a number."""
     caveats = list(_METHOD)
     kernel, samples = report["reference_kernel"], bench.rounds * len(bench.prompts)
+    if compared.ended_by is not None:
+        caveats.append(_describe_end(bench, compared))
     if kernel["busy"]:
         caveats.append(
             f"No verdict: the reference kernel varied by {kernel['spread']:.2f}, more than "
@@ -235,23 +259,14 @@ def _list_caveats(
         caveats.append(f"Turns of each policy: {samples}. Pass --rounds 3 or more for a median.")
     if bench.decoder is None:
         caveats.append("The bundle has no VAE, so there are no frames to compare.")
-    elif not lpips:
+    elif not compared.lpips:
         caveats.append("LPIPS was not measured: pass --lpips FILE.onnx.")
     if len(bench.prompts) > 1:
         caveats.append("FLOPs and scores are means over the prompts, frames are their sum.")
-    if report["diffusers"] is None:
+    if report["diffusers"] is not None:
+        caveats += _compare_latents(report["diffusers"]["latents_max_difference"])
+    elif compared.diffusers_versions is None:
         caveats.append("How diffusers computes is counted, not timed: pass --baseline diffusers.")
-    else:
-        difference = report["diffusers"]["latents_max_difference"]
-        caveats.append(
-            "diffusers ran in a process of its own, in torch on the CPU; the latents of none "
-            f"differ from its by at most {difference:.1e}."
-        )
-        if difference > SAME_LATENTS:
-            caveats.append(
-                f"A difference of more than {SAME_LATENTS:g} is no rounding: is it the checkpoint "
-                "of this bundle?"
-            )
     check_policies(bench, caveats.append)  # presets that were made for other steps
     for name, own in traces.items():
         shares = [reused for trace in own if (reused := trace.reused()) is not None]
@@ -259,4 +274,31 @@ def _list_caveats(
             caveats.append(f"{name} reused no token after its warm-up: it changed nothing.")
         elif max(shares, default=0) > 0.95:
             caveats.append(f"{name} reused more than 95% of the tokens after its warm-up.")
+    return caveats
+
+
+def _describe_end(bench: Bench, compared: Compared) -> str:
+    """What was measured when the comparison ended early."""
+    asked, turns = [*bench.policies], compared.turns.of
+    if compared.diffusers_versions is not None:
+        asked.append(DIFFUSERS)
+    counts = ", ".join(f"{name} {len(turns.get(name, ()))}" for name in asked)
+    return (
+        f"Partial: ended by {compared.ended_by}. Turns of {bench.rounds * len(bench.prompts)}: "
+        f"{counts}; frames were compared of {len(compared.judgement.prompts)} of "
+        f"{len(bench.prompts)} prompts."
+    )
+
+
+def _compare_latents(difference: float) -> list[str]:
+    """What the difference of the latents of diffusers and `none` says."""
+    caveats = [
+        "diffusers ran in a process of its own, in torch on the CPU; the latents of none "
+        f"differ from its by at most {difference:.1e}."
+    ]
+    if difference > SAME_LATENTS:
+        caveats.append(
+            f"A difference of more than {SAME_LATENTS:g} is no rounding: is it the checkpoint "
+            "of this bundle?"
+        )
     return caveats

@@ -14,12 +14,15 @@ import pytest
 from click.testing import CliRunner
 
 from mc_engines.bundle_additions import add_files
+from mc_engines.errors import EngineError
 from mc_runtime.bench import baseline, cli, policies, policy_report
 from mc_runtime.bench.cli import main
+from mc_runtime.bench.ending import Ending
 from mc_runtime.bench.policies import Bench, Turn
 from mc_runtime.bench.policy_page import render_page
 from mc_runtime.bench.policy_report import BUSY_SPREAD
 from mc_runtime.bench.schemas import read_schema
+from mc_runtime.fidelity import compare_videos
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work, vanilla_work
 from mc_runtime.options import GenerationOptions
 from motioncache import Preset
@@ -82,6 +85,7 @@ def validate(report):
 def test_the_report_follows_its_schema(report):
     jsonschema.Draft202012Validator.check_schema(read_schema("policies"))
     validate(report)
+    assert not report["partial"]
     assert report["prompts"] == list(PROMPTS)
     assert report["settings"] == asdict(OPTIONS)
     assert report["environment"]["threads"] == 1
@@ -163,7 +167,7 @@ def test_padding_is_counted_as_waste(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.transformer), "bucket", lambda self, k, tokens: tokens * (k > 0))
     policy = tiny.find_policy("motioncache", MOTIONCACHE)
     wide = Bench(tiny, {"none": tiny.find_policy("none"), "wide": policy}, OPTIONS, ["a bird"], 1)
-    report = cli._measure(wide, None, None, lambda _: None)
+    report = cli._measure(wide, None, None, lambda _: None, Ending())
     trace = tiny.run("a bird", policy=policy, options=OPTIONS, decode=False).trace
     flops = ModelFlops.from_manifest(tiny.bundle.manifest.config["transformer"])
     asked, done = (count_work(flops, trace, padded=padded).total for padded in (False, True))
@@ -448,7 +452,7 @@ def test_prompts_come_from_the_lines_of_a_file(tiny_bundle, tmp_path):
     assert result.stderr == ""
 
 
-def test_ctrl_c_writes_nothing(tiny_bundle, tmp_path, monkeypatch):
+def test_ctrl_c_before_a_policy_was_measured_writes_nothing(tiny_bundle, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -456,3 +460,105 @@ def test_ctrl_c_writes_nothing(tiny_bundle, tmp_path, monkeypatch):
     result = bench(tiny_bundle, *SIZES, "--prompt=a", "-o", tmp_path / "report.json", code=130)
     assert result.stderr == "Interrupted.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def end_with(error, call, result=None):
+    """Return a function that fails at its n-th call."""
+    calls = 0
+
+    def function(*_):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return result
+
+    return function
+
+
+FLOWCACHED = ("--policies=flowcache", *POLICIES[1:4], "--prompt=a")
+
+
+def end_early(bundle, tmp_path, code, *arguments):
+    """Run until it is ended; return the report, its caveat, and what stderr said last."""
+    path, page = tmp_path / "report.json", tmp_path / "page.html"
+    result = bench(bundle, *SIZES, *arguments, "-o", path, "--html", page, code=code)
+    report = json.loads(path.read_text())
+    validate(report)
+    (caveat,) = (text for text in report["caveats"] if text.startswith("Partial"))
+    assert report["partial"] and caveat in page.read_text()
+    assert caveat in " ".join(result.stdout.split())
+    return report, caveat, result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted.", "an interrupt"),
+        (EngineError("block: expected x, got y."), 1, *2 * ["block: expected x, got y."]),
+    ],
+)
+def test_what_was_measured_is_written_when_the_comparison_ends_early(
+    tiny_bundle, tmp_path, monkeypatch, error, code, said, reason
+):
+    monkeypatch.setattr(policies, "time_kernel", end_with(error, 4, 10.0))
+    report, caveat, last = end_early(tiny_bundle, tmp_path, code, *FLOWCACHED, "--rounds=3")
+    assert last == said
+    samples = {entry["policy"]: len(entry["samples"]) for entry in report["policies"]}
+    assert samples == {"none": 1, "flowcache": 2}  # the second round begins with the second
+    assert [entry["fidelity"] for entry in report["policies"]] == [None, None]
+    assert caveat == (
+        f"Partial: ended by {reason}. Turns of 3: none 1, flowcache 2; frames were compared of 0 "
+        "of 1 prompts."
+    )
+
+
+def test_a_policy_without_a_turn_is_missing_in_what_ended_early(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "time_kernel", end_with(KeyboardInterrupt(), 2, 10.0))
+    report, caveat, _ = end_early(tiny_bundle, tmp_path, 130, *FLOWCACHED, "--rounds=1")
+    assert [entry["policy"] for entry in report["policies"]] == ["none"]
+    assert report["reference_kernel"]["samples_ms"] == [10]
+    assert "none 1, flowcache 0;" in caveat
+
+
+def test_scores_of_a_prompt_are_kept_when_the_next_is_interrupted(
+    tiny_bundle, tmp_path, monkeypatch
+):
+    calls = end_with(KeyboardInterrupt(), 4)  # a prompt has two videos
+    monkeypatch.setattr(
+        policies, "compare_videos", lambda *videos: calls() or compare_videos(*videos)
+    )
+    arguments = (*FLOWCACHED, "--prompt=b", "--rounds=1")
+    report, caveat, _ = end_early(tiny_bundle, tmp_path, 130, *arguments)
+    assert [len(entry["fidelity"]["prompts"]) for entry in report["policies"]] == [1, 1]
+    assert caveat.endswith("frames were compared of 1 of 2 prompts.")
+
+
+def test_diffusers_that_had_no_turn_is_missing_in_what_ended_early(
+    tiny_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cli, "DiffusersProcess", AnotherModel)
+    monkeypatch.setattr(policies, "time_kernel", end_with(KeyboardInterrupt(), 2, 10.0))
+    baseline = ("--baseline=diffusers", "--checkpoint", tmp_path, "--prompt=a")
+    report, caveat, _ = end_early(tiny_bundle, tmp_path, 130, *baseline)
+    assert report["diffusers"] is None and "none 1, diffusers 0;" in caveat
+    assert not any("pass --baseline" in text for text in report["caveats"])
+
+
+def test_an_ended_comparison_is_of_the_turns_that_both_have():
+    """The first prompt takes ten times the second."""
+    none, other = (
+        [Turn(prompt, number, seconds, ()) for prompt, number, seconds in turns]
+        for turns in ([(0, 0, 10.0), (1, 0, 1.0), (1, 1, 1.0)], [(0, 0, 5.0), (0, 1, 99.0)])
+    )
+    assert policy_report._ratio(none, other) == 2
+    assert policy_report._ratio(other, none) == pytest.approx(0.5)
+
+
+def test_the_machine_is_described_before_it_is_measured(tiny_bundle, tmp_path, monkeypatch):
+    def refuse(_):
+        raise EngineError("machine: expected one, got none.")
+
+    monkeypatch.setattr(cli, "describe_machine", refuse)
+    monkeypatch.setattr(cli, "take_turns", pytest.fail)
+    bench(tiny_bundle, *SIZES, "--prompt=a", code=1)

@@ -9,7 +9,9 @@ import pytest
 from mc_runtime.bench import policies
 from mc_runtime.bench.policies import (
     Bench,
+    Judgement,
     Turn,
+    Turns,
     check_policies,
     choose_policies,
     judge_frames,
@@ -129,10 +131,9 @@ def fake(name, log):
 
 def test_each_repetition_begins_with_the_next_contender(monkeypatch):
     monkeypatch.setattr(policies, "REST_SECONDS", 0)
-    log, seen = [], []
-    turns = take_turns(
-        {name: fake(name, log) for name in "abc"}, 2, 4, lambda name, turn: seen.append(name)
-    )
+    log, seen, turns = [], [], Turns()
+    contenders = {name: fake(name, log) for name in "abc"}
+    take_turns(contenders, 2, 4, turns, lambda name, turn: seen.append(name))
     assert log[:3] == [(name, 0, policies.WARMUP_ROWS) for name in "abc"]
     order = ["".join(name for name, _, _ in log[3 + 6 * n :][:6]) for n in range(4)]
     assert order == ["abcabc", "bcabca", "cabcab", "abcabc"]
@@ -143,6 +144,20 @@ def test_each_repetition_begins_with_the_next_contender(monkeypatch):
     kept = [(turn.prompt, turn.round, turn.latents, turn.trace) for turn in turns.of["b"]]
     assert kept[:2] == [(0, 0, ["b0"], "trace"), (1, 0, ["b1"], "trace")]
     assert kept[2:] == [(prompt, number, (), None) for number in (1, 2, 3) for prompt in (0, 1)]
+
+
+def test_turns_before_an_interrupt_are_kept(monkeypatch):
+    monkeypatch.setattr(policies, "REST_SECONDS", 0)
+    kernel = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(policies, "time_kernel", lambda: next(kernel))  # ends the fourth turn
+    turns = Turns()
+    with pytest.raises(StopIteration):
+        take_turns({name: fake(name, []) for name in "ab"}, 2, 1, turns)
+    assert {name: [turn.prompt for turn in own] for name, own in turns.of.items()} == {
+        "a": [0, 1],
+        "b": [0],
+    }
+    assert turns.reference_ms == [1, 2, 3] and turns.spread == 3
 
 
 @pytest.mark.parametrize("guidance", [6.0, 1.0])
@@ -173,20 +188,20 @@ def test_a_long_prompt_is_cut_and_that_is_said(bench):
 
 
 def test_frames_are_held_against_those_of_none(bench, tiny):
-    contenders = contenders_of(bench)
-    turns = take_turns(contenders, 2, 1)
+    turns, judgement = Turns(), Judgement()
+    take_turns(contenders_of(bench), 2, 1, turns)
     theirs = np.zeros((37, 64, 64, 3), np.uint8)
-    judgement = judge_frames(bench, turns, None, [None, theirs].__getitem__)
+    judge_frames(bench, turns, judgement, None, [None, theirs].__getitem__)
     for prompt, text in enumerate(bench.prompts):
         none, cached = (
             tiny.run(text, policy=policy, options=OPTIONS).frames.astype(float)
             for policy in bench.policies.values()
         )
-        same = judgement.policies["none"][prompt].video.whole
+        same = judgement.of_policy("none")[prompt].video.whole
         assert (same.frames, same.identical, same.psnr, same.ssim) == (37, 37, None, 1)
         errors = ((none - cached) ** 2).mean(axis=(1, 2, 3))
         differ = errors > 0
-        fidelity = judgement.policies["flowcache"][prompt]
+        fidelity = judgement.of_policy("flowcache")[prompt]
         assert fidelity.video.whole.psnr == pytest.approx(
             (10 * np.log10(255**2 / errors[differ])).mean()
         )
