@@ -7,7 +7,7 @@ __all__ = ["main"]
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from mc_engines.command import command
 from mc_engines.errors import require
 from mc_runtime.bench.baseline import DiffusersProcess
 from mc_runtime.bench.compare_cli import compare_command
 from mc_runtime.bench.ending import Ending
-from mc_runtime.bench.latency_cli import latency_flags, run_latency
+from mc_runtime.bench.latency_cli import check_latency_flags, latency_flags, run_latency
 from mc_runtime.bench.machine import describe_machine
 from mc_runtime.bench.policies import (
     Bench,
@@ -77,8 +78,8 @@ def main() -> None:
     "--rounds",
     type=click.IntRange(min=1),
     default=3,
-    show_default=True,
-    help="Turns of every policy with every prompt.",
+    show_default="3; with --generation 5",
+    help="Turns of every policy with every prompt; videos of --generation.",
 )
 @click.option("--lpips", type=INPUT, help="ONNX graph of LPIPS, made by scripts/make_lpips.py.")
 @click.option("--baseline", type=click.Choice([DIFFUSERS]), help="What else to run.")
@@ -106,11 +107,14 @@ def run(
     """
     if (values["baseline"] is None) != (values["checkpoint"] is None):
         raise click.UsageError("--baseline and --checkpoint need each other. Give both or neither.")
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in values if source(name) is ParameterSource.COMMANDLINE}
+    check_latency_flags(values, given)
     _check_outputs((output, html), (values["prompts"], values["lpips"]), overwrite)
     if html is not None:
         require("matplotlib", "bench")
     if values["engines"] or values["generation"]:
-        _time(bundle, values | {"output": output, "html": html}, quiet)
+        _time(bundle, values | {"output": output, "html": html}, given, quiet)
         return
     say = make_say(quiet)
     bench = _prepare(VideoPipeline.from_bundle(bundle, values["threads"]), values, say)
@@ -126,7 +130,7 @@ def run(
     ending.raise_again()
 
 
-def _time(bundle: Path, values: dict[str, Any], quiet: bool) -> None:
+def _time(bundle: Path, values: dict[str, Any], given: Collection[str], quiet: bool) -> None:
     """Time engines and generations instead of comparing policies."""
     for name in ("lpips", "baseline"):
         if values[name] is not None:
@@ -138,6 +142,7 @@ def _time(bundle: Path, values: dict[str, Any], quiet: bool) -> None:
         lambda pipeline: choose_options(pipeline.default_options, settings),
         prompts,
         values,
+        given,
         quiet,
     )
 

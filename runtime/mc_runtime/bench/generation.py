@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from mc_runtime.bench.backends import Backend
 from mc_runtime.bench.machine import Monitor
 from mc_runtime.bench.policies import REST_SECONDS
 from mc_runtime.bench.reference import time_kernel
@@ -31,7 +32,8 @@ class Generated:
         total_ms: From the call to the last chunk.
         peaks: Largest resident bytes of this process by kind.
         trace: What was decided.
-        reference_ms: Of the reference kernel just before.
+        reference_ms: Of the reference kernel just before; None where that, a product of the CPU,
+            says nothing.
     """
 
     first_chunk_ms: float
@@ -40,34 +42,47 @@ class Generated:
     total_ms: float
     peaks: Mapping[str, int]
     trace: DecisionTrace
-    reference_ms: float
+    reference_ms: float | None
 
 
 Runner = Callable[[], Generated]
 
 
 def policy_runner(
-    pipeline: VideoPipeline, policy: Policy, options: GenerationOptions, texts: Mapping[str, Any]
+    backend: Backend,
+    policy: Policy,
+    options: GenerationOptions,
+    texts: Mapping[str, Any],
+    device: int = 0,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Runner:
     """Make a runner that generates a whole video, text encoder and decoding included.
 
     Args:
-        pipeline: Of the bundle, on its backend.
+        backend: What runs it. Its parts are opened.
         policy: Of the cache.
         options: Of the generation.
         texts: `prompt`, or `prompt_embeds` and its negative, as `VideoPipeline.generate` takes.
+        device: Number of the GPU whose memory is watched.
+        note: Called by every run with what the user should know, such as that a prompt was cut.
 
     Returns:
         The runner.
+
+    Raises:
+        BundleError: The bundle lacks what the texts need.
+        EngineError: An engine is missing.
     """
+    pipeline = backend.pipeline
     decode = "vae" in pipeline.bundle.manifest.config
+    _open_parts(pipeline, decode, encode="prompt" in texts)
 
     def run() -> Generated:
-        reference = time_kernel()
-        with Monitor() as monitor:
+        reference = None if backend.on_gpu else time_kernel()
+        with Monitor(device) as monitor:
             start = time.perf_counter()
             generation = pipeline.generate(
-                **texts, policy=policy, decode=decode, note=lambda _: None, options=options
+                **texts, policy=policy, decode=decode, note=note, options=options
             )
             ends, decoding = [], 0.0
             for chunk in generation:
@@ -86,6 +101,15 @@ def policy_runner(
     return run
 
 
+def _open_parts(pipeline: VideoPipeline, decode: bool, encode: bool) -> None:
+    """Load everything that a generation needs: what is missing fails before anything is timed."""
+    _ = pipeline.passes
+    if decode:
+        _ = pipeline.decoder
+    if encode:
+        _ = pipeline.text_encoder
+
+
 def time_generations(
     runners: Sequence[Runner],
     rounds: int,
@@ -99,7 +123,7 @@ def time_generations(
         runners: Every round begins with the next of them.
         rounds: How often each runs.
         taken: Is filled by number of the runner, so that it is there after an interrupt.
-        warmup: Is filled likewise: the first run loads engines.
+        warmup: Is filled likewise.
         advance: Called after every run.
     """
     for index, runner in enumerate(runners):

@@ -1,10 +1,13 @@
-"""The part of `mc-bench run` that times engines and whole generations, on one or more backends."""
+"""The part of `mc-bench run` that times engines and whole generations, on one or more backends.
 
-__all__ = ["latency_flags", "run_latency"]
+Generations come first: what the sweep keeps for its passes would be in their memory.
+"""
+
+__all__ = ["check_latency_flags", "latency_flags", "run_latency"]
 
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,23 +18,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mc_engines.building.library import BACKENDS
 from mc_engines.bundle import Bundle
-from mc_engines.command import INTERRUPTED
 from mc_engines.specs import PRECISIONS
-from mc_runtime.bench.generation import policy_runner, time_generations
+from mc_runtime.bench.backends import Backend, open_backend
+from mc_runtime.bench.ending import Ending
+from mc_runtime.bench.generation import Runner, policy_runner, time_generations
 from mc_runtime.bench.latency_page import print_latency, render_latency
-from mc_runtime.bench.latency_report import Backend, Measured, build_latency_report
-from mc_runtime.bench.machine import Monitor
+from mc_runtime.bench.latency_report import (
+    Measured,
+    Setup,
+    build_latency_report,
+    describe_policies,
+)
+from mc_runtime.bench.machine import Monitor, describe_machine
 from mc_runtime.bench.policies import choose_policies
-from mc_runtime.bench.sweep import WARMUP_ROUNDS, Case, list_cases, take_rounds
+from mc_runtime.bench.sweep import WARMUP_ROUNDS, check_components, list_cases, take_rounds
 from mc_runtime.display import open_console
-from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_device, choose_provider
+from mc_runtime.flags import ONNXRUNTIME_BACKENDS, make_say
 from mc_runtime.inputs import check_policy
 from mc_runtime.options import GenerationOptions
 from mc_runtime.output_file import write_text
 from mc_runtime.pipeline import VideoPipeline
+from motioncache import Policy
 
 _PLAIN_WIDTH = 110  # columns where the output is not a terminal
 _ITERATIONS, _QUICK_ITERATIONS = 30, 5
+_ROUNDS, _QUICK_ROUNDS = 5, 1  # of a generation; `mc-bench compare` takes 5 samples or more
 
 _FLAGS = (
     click.option("--engines", is_flag=True, help="Time every engine and every kind of pass."),
@@ -55,7 +66,11 @@ _FLAGS = (
         show_default=True,
         help="Samples of every engine, after a warm-up.",
     ),
-    click.option("--quick", is_flag=True, help="5 samples of an engine, 1 of a generation."),
+    click.option(
+        "--quick",
+        is_flag=True,
+        help="5 samples of an engine, 1 of a generation, where no other number is given.",
+    ),
     click.option("--dtype", type=click.Choice(PRECISIONS), help="Of engines on a GPU."),
     click.option(
         "--engine-folder",
@@ -67,6 +82,11 @@ _FLAGS = (
 )
 
 
+# Flags of `latency_flags` that one of both modes alone reads.
+_OF_ENGINES = "component", "iterations"
+_OF_EITHER = "backends", "quick", "dtype", "engine_folder", "max_vram", "device"
+
+
 def latency_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that `run_latency` reads."""
     for option in reversed(_FLAGS):
@@ -74,110 +94,180 @@ def latency_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def check_latency_flags(values: Mapping[str, Any], given: Collection[str]) -> None:
+    """Refuse flags that would be ignored.
+
+    Args:
+        values: Of all flags of `mc-bench run`.
+        given: Names of those on the command line.
+
+    Raises:
+        UsageError: One is for a mode that was not asked for, or a backend is named twice.
+    """
+    timed = values["engines"] or values["generation"]
+    for names, mode, on in (
+        (_OF_ENGINES, "--engines", values["engines"]),
+        (_OF_EITHER, "--engines or --generation", timed),
+    ):
+        for name in names:
+            if name in given and not on:
+                flag = name.removesuffix("s") if name == "backends" else name.replace("_", "-")
+                raise click.UsageError(f"--{flag} needs {mode}. Add it, or leave --{flag} out.")
+    backends = values["backends"]
+    twice = sorted({name for name in backends if backends.count(name) > 1})
+    if twice:
+        raise click.UsageError(
+            f"--backend: expected each once, got {', '.join(twice)} more than once. Leave it out."
+        )
+
+
 def run_latency(
     bundle: Path,
     options: Callable[[VideoPipeline], GenerationOptions],
     texts: tuple[str, ...],
     values: Mapping[str, Any],
+    given: Collection[str],
     quiet: bool,
 ) -> None:
     """Time what the flags ask for, write the report and print it.
+
+    What was measured before an interrupt or an error is told before that ends the command.
 
     Args:
         bundle: Folder.
         options: Makes the settings of the flags.
         texts: Prompts; the first is generated.
         values: Of the flags.
+        given: Names of those on the command line.
         quiet: Show no progress.
 
     Raises:
-        Exit: 130 after an interrupt; what was measured is written.
+        ValueError: A setting, a policy or a component that the bundle cannot do.
+        McError: A part is missing, or failed.
+        KeyboardInterrupt: After an interrupt.
     """
+    values = {**values, **_count_samples(values, given)}
     opened = Bundle.open(bundle)
-    backends = [_open(opened, name, values, options) for name in values["backends"]]
+    check_components(opened.manifest.config, values["component"])
+    backends = [open_backend(opened, name, values, options) for name in values["backends"]]
     settings = options(backends[0].pipeline)
-    rounds = 1 if values["quick"] else values["rounds"]
-    iterations = _QUICK_ITERATIONS if values["quick"] else values["iterations"]
-    measured, monitor = Measured(), Monitor()
-    with monitor:
-        try:
-            if values["engines"]:
-                measured.cases = _choose_cases(backends, settings, values["component"])
-                _sweep(iterations, measured, quiet)
-            if values["generation"]:
-                _generate(backends, settings, texts[0], values, rounds, measured, quiet)
-        except KeyboardInterrupt:
-            measured.partial = True
-    report = build_latency_report(backends, settings, measured, monitor, sys.argv[1:])
+    measured, device = Measured(), values["device"] or 0
+    note = _note_once(measured, quiet)
+    policies = _choose_policies(backends[0], settings, values, note)
+    setup = Setup(
+        opened,
+        settings,
+        _describe_run(backends, policies, texts, values),
+        describe_machine(values["threads"], device),
+        sys.argv[1:],
+    )
+    runners = []
+    for backend in backends:
+        for name, policy in policies.items():
+            measured.policies.append((backend.name, name))
+            runners.append(
+                policy_runner(backend, policy, settings, {"prompt": texts[0]}, device, note)
+            )
+    ending, monitor = Ending(), Monitor(device)
+    with ending, monitor:
+        if runners:
+            _generate(runners, values["rounds"], measured, quiet)
+        if values["engines"]:
+            _sweep(backends, settings, values, measured, quiet)
+    measured.ended_by = ending.reason
+    if measured.anything:
+        _tell(build_latency_report(setup, measured, monitor), values)
+    ending.raise_again()
+
+
+def _count_samples(values: Mapping[str, Any], given: Collection[str]) -> dict[str, int]:
+    """How many samples are taken: what is given, else what the mode says."""
+    counts = {"iterations": (_ITERATIONS, _QUICK_ITERATIONS), "rounds": (_ROUNDS, _QUICK_ROUNDS)}
+    return {
+        name: values[name] if name in given else count[values["quick"]]
+        for name, count in counts.items()
+    }
+
+
+def _note_once(measured: Measured, quiet: bool) -> Callable[[str], None]:
+    """Return what prints a note and keeps it for the report, the first time that it is heard."""
+    say = make_say(quiet)
+
+    def note(text: str) -> None:
+        if text not in measured.notes:
+            measured.notes.append(text)
+            say(text)
+
+    return note
+
+
+def _choose_policies(
+    backend: Backend,
+    options: GenerationOptions,
+    values: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> dict[str, Policy]:
+    """The policies of the generations, after the settings and they were found to fit; or none."""
+    pipeline = backend.pipeline
+    shape = pipeline.plan(options).shape
+    if not values["generation"]:
+        return {}
+    policies = choose_policies(pipeline, values["policies"], values["policy_option"])
+    for policy in policies.values():
+        check_policy(policy, shape, note)
+    return policies
+
+
+def _describe_run(
+    backends: Sequence[Backend],
+    policies: Mapping[str, Policy],
+    texts: Sequence[str],
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What was asked for besides the settings of the video; None is what does not apply."""
+    folder, on_gpu = values["engine_folder"], any(backend.on_gpu for backend in backends)
+    return {
+        "prompt": texts[0] if texts else None,
+        "policies": describe_policies(policies),
+        "dtype": ",".join(backend.dtype for backend in backends),
+        "engine_folder": None if folder is None else str(folder),
+        "max_vram": values["max_vram"],
+        "device": values["device"] or 0 if on_gpu else None,
+        "threads": values["threads"],
+        "iterations": values["iterations"] if values["engines"] else None,
+        "rounds": values["rounds"] if values["generation"] else None,
+    }
+
+
+def _generate(runners: Sequence[Runner], rounds: int, measured: Measured, quiet: bool) -> None:
+    with _progress("generations", len(runners) * (rounds + 1), quiet) as advance:
+        time_generations(runners, rounds, measured.generated, measured.warmup, advance)
+
+
+def _sweep(
+    backends: Sequence[Backend],
+    options: GenerationOptions,
+    values: Mapping[str, Any],
+    measured: Measured,
+    quiet: bool,
+) -> None:
+    measured.cases = [
+        (backend.name, case)
+        for backend in backends
+        for case in list_cases(backend, options, values["component"])
+    ]
+    cases, rounds = [case for _, case in measured.cases], values["iterations"]
+    with _progress("engines", len(cases) * (rounds + WARMUP_ROUNDS), quiet) as advance:
+        take_rounds(cases, rounds, measured.sweep, advance)
+
+
+def _tell(report: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Write the report where the flags say, and print it."""
     if values["output"] is not None:
         write_text(values["output"], json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if values["html"] is not None:
         write_text(values["html"], render_latency(report))
     print_latency(report, open_console(_PLAIN_WIDTH))
-    if measured.partial:
-        click.echo("Interrupted.", err=True)
-        click.get_current_context().exit(INTERRUPTED)
-
-
-def _open(
-    bundle: Bundle,
-    name: str,
-    values: Mapping[str, Any],
-    options: Callable[[VideoPipeline], GenerationOptions],
-) -> Backend:
-    flags = {**values, "backend": name, "engines": values["engine_folder"]}
-    pipeline = VideoPipeline(bundle, values["threads"], choose_provider(flags))
-    device = choose_device(flags, options(pipeline))
-    if device is not None:
-        pipeline.use_device(device)
-    return Backend(name, pipeline)
-
-
-def _choose_cases(
-    backends: list[Backend], options: GenerationOptions, components: tuple[str, ...]
-) -> list[tuple[str, Case]]:
-    """Everything that is timed, or what is timed of some components, with its backend."""
-    cases = [
-        (backend.name, case)
-        for backend in backends
-        for case in list_cases(backend.pipeline, options)
-    ]
-    known = list(dict.fromkeys(case.component for _, case in cases))
-    unknown = [name for name in components if name not in known]
-    if unknown:
-        raise ValueError(
-            f"component: expected some of {', '.join(known)}, got {', '.join(unknown)}. "
-            "Name what the bundle has and mc-bench times."
-        )
-    return [(name, case) for name, case in cases if not components or case.component in components]
-
-
-def _sweep(iterations: int, measured: Measured, quiet: bool) -> None:
-    calls = len(measured.cases) * (iterations + WARMUP_ROUNDS)
-    with _progress("engines", calls, quiet) as advance:
-        cases = [case for _, case in measured.cases]
-        take_rounds(cases, iterations, measured.sweep, advance)
-
-
-def _generate(
-    backends: list[Backend],
-    options: GenerationOptions,
-    prompt: str,
-    values: Mapping[str, Any],
-    rounds: int,
-    measured: Measured,
-    quiet: bool,
-) -> None:
-    runners = []
-    for backend in backends:
-        pipeline = backend.pipeline
-        policies = choose_policies(pipeline, values["policies"], values["policy_option"])
-        for name, policy in policies.items():
-            check_policy(policy, pipeline.plan(options).shape, lambda _: None)
-            measured.policies.append((backend.name, name))
-            runners.append(policy_runner(pipeline, policy, options, {"prompt": prompt}))
-    with _progress("generations", len(runners) * (rounds + 1), quiet) as advance:
-        time_generations(runners, rounds, measured.generated, measured.warmup, advance)
 
 
 @contextmanager

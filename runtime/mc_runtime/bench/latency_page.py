@@ -7,6 +7,7 @@ __all__ = ["print_latency", "render_latency"]
 
 import importlib
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from mc_runtime.bench.tables import Tables, draw_svg, html_report, print_tables
 Report = Mapping[str, Any]
 _ENGINES = ("", "tokens", "keys", "p50 ms", "p90", "p99", "std", "GFLOP/s", "GB/s", "to kernel")
 _GENERATION = (
-    *("", "first chunk ms", "between ms", "total ms", "frames/s", "x real time", "VAE"),
+    *("", "first chunk ms", "between ms", "total ms", "frames/s", "s per video s", "VAE"),
     *("reused", "padding", "MB own", "MB mapped", "MB device"),
 )
 
@@ -36,14 +37,14 @@ def _engine_row(entry: Mapping[str, Any]) -> list[str]:
     rates = ["", ""]
     if cost is not None:
         rates = [f"{cost['flops_per_s'] / 1e9:.1f}", f"{cost['bytes_per_s'] / 1e9:.2f}"]
-    kernel = sorted(entry["reference_ms"])[len(entry["reference_ms"]) // 2]
+    kernel = [time for time in entry["reference_ms"] if time is not None]
     return [
         f"{entry['name']} ({entry['backend']})",
         str(entry["tokens"]),
         str(entry["keys"] or ""),
         *(f"{latency[name]:.3g}" for name in ("p50", "p90", "p99", "std")),
         *rates,
-        f"{latency['p50'] / kernel:.2f}",
+        f"{latency['p50'] / median(kernel):.2f}" if kernel else "",
     ]
 
 
@@ -103,19 +104,39 @@ def _facts(report: Report) -> dict[str, str]:
         "measured": report["created"],
         "command": " ".join(report["command"]),
         **{name: str(value) for name, value in report["settings"].items()},
+        **_describe_run(report["run"]),
         "processor": f"{environment['cpu']}, {environment['logical_cores']} logical cores",
         "threads": str(environment["threads"] or "all physical cores"),
-        "GPU": "none" if gpu is None else f"{gpu['name']}, driver {gpu['driver']}",
+        "GPU": "none" if gpu is None else _describe_gpu(gpu),
         "system": environment["platform"],
         **environment["versions"],
     }
     if kernel["median_ms"] is not None:
         facts["reference kernel"] = (
-            f"{kernel['median_ms']:.2f} ms, varied by {kernel['spread']:.2f}"
+            f"{kernel['median_ms']:.2f} ms for {kernel['size']} by {kernel['size']}, "
+            f"varied by {kernel['spread']:.2f}"
         )
     for name, values in report["telemetry"]["samples"].items():
-        facts[name] = f"{min(values):.4g} to {max(values):.4g}"
+        known = [value for value in values if value is not None]
+        facts[name] = f"{min(known):.4g} to {max(known):.4g}" if known else "not known"
     return facts
+
+
+def _describe_run(run: Mapping[str, Any]) -> dict[str, str]:
+    """What was asked for besides the settings of the video, as far as it applies."""
+    plain = {
+        name: str(value) for name, value in run.items() if name != "policies" and value is not None
+    }
+    policies = {
+        f"policy {name}": ", ".join(f"{key}={value}" for key, value in settings.items())
+        for name, settings in run["policies"].items()
+    }
+    return plain | {name: settings or "no settings" for name, settings in policies.items()}
+
+
+def _describe_gpu(gpu: Mapping[str, Any]) -> str:
+    """Name and driver, as far as the driver tells."""
+    return f"{gpu['name'] or 'name not known'}, driver {gpu['driver'] or 'not known'}"
 
 
 def _draw_engines(report: Report) -> Any:
@@ -150,6 +171,9 @@ def _draw_chunks(report: Report) -> Any:
         numbers = range(1, len(medians) + 1)
         axes.plot(numbers, medians, "o-", label=f"{entry['policy']} ({entry['backend']})")
     axes.set_xlabel("chunk")
+    axes.xaxis.set_major_locator(
+        importlib.import_module("matplotlib.ticker").MaxNLocator(integer=True)
+    )
     axes.set_ylabel("ms since the chunk before")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -4,21 +4,24 @@
 shows the report, `compare` holds two of them against each other.
 """
 
-__all__ = ["Backend", "Measured", "build_latency_report"]
+__all__ = ["Measured", "Setup", "build_latency_report", "describe_policies"]
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mc_engines.bundle import Bundle
+from mc_runtime.bench import sweep
 from mc_runtime.bench.generation import Generated
-from mc_runtime.bench.machine import Monitor, describe_machine
-from mc_runtime.bench.reference import BUSY_SPREAD
+from mc_runtime.bench.machine import Monitor
+from mc_runtime.bench.reference import BUSY_SPREAD, KERNEL_SIZE
 from mc_runtime.bench.samples import PERCENTILE_METHOD, summarise
-from mc_runtime.bench.sweep import Case, Sweep
+from mc_runtime.bench.sweep import Case, Sweep, Timed
 from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline
+from motioncache import Policy
 
 SCHEMA = "motioncache.latency/v1"
 _METHOD = (
@@ -26,7 +29,7 @@ _METHOD = (
     "a chunk for one guidance branch.",
     "Operations are those of matrix products, bytes those that have to be moved; of text encoder "
     "and VAE neither is counted.",
-    "The first chunk counts from the call with the prompt to its frames; loading is the warm-up's. "
+    "The first chunk counts from the call with the prompt to its frames; loading comes before. "
     "Frames per second count the whole video, the real-time factor is seconds per second of video.",
     "Memory is this process: anonymous is its own, mapped is of files, weights among them, and can "
     "be dropped by the system.",
@@ -34,11 +37,22 @@ _METHOD = (
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A pipeline under the name of its backend."""
+class Setup:
+    """What is going to be measured, settled before anything is.
 
-    name: str
-    pipeline: VideoPipeline
+    Attributes:
+        bundle: That every backend runs.
+        options: Of every generation, and the size of the sweep.
+        run: What else was asked for; `run` of the report.
+        environment: Of `describe_machine`.
+        command: The command line.
+    """
+
+    bundle: Bundle
+    options: GenerationOptions
+    run: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    command: Sequence[str]
 
 
 @dataclass
@@ -51,7 +65,8 @@ class Measured:
         policies: Backend and policy of each runner.
         warmup: First run of each.
         generated: The others.
-        partial: Whether an interrupt ended it.
+        notes: What the user was told, such as that a preset is for other steps.
+        ended_by: What ended it before its end, in words.
     """
 
     cases: list[tuple[str, Case]] = field(default_factory=list)
@@ -59,78 +74,93 @@ class Measured:
     policies: list[tuple[str, str]] = field(default_factory=list)
     warmup: dict[int, Generated] = field(default_factory=dict)
     generated: dict[int, list[Generated]] = field(default_factory=dict)
-    partial: bool = False
+    notes: list[str] = field(default_factory=list)
+    ended_by: str | None = None
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is a sample that is no warm-up."""
+        return any(self.sweep.samples.values()) or any(self.generated.values())
 
 
-def build_latency_report(
-    backends: Sequence[Backend],
-    options: GenerationOptions,
-    measured: Measured,
-    monitor: Monitor,
-    command: Sequence[str],
-) -> dict[str, Any]:
+def describe_policies(policies: Mapping[str, Policy]) -> dict[str, dict[str, Any]]:
+    """Write every setting of each policy, and the preset it came from, as plain JSON."""
+    described = {}
+    for name, policy in policies.items():
+        settings = {} if policy.config is None else asdict(policy.config)
+        preset = {} if policy.preset is None else {"preset": policy.preset}
+        described[name] = json.loads(json.dumps(settings | preset))
+    return described
+
+
+def build_latency_report(setup: Setup, measured: Measured, monitor: Monitor) -> dict[str, Any]:
     """Put together what was measured.
 
     Args:
-        backends: What ran; all of one bundle.
-        options: Of every generation, and the size of the sweep.
+        setup: What was asked for.
         measured: The times.
         monitor: Of the whole measurement.
-        command: The command line.
 
     Returns:
         A report that follows `latency.schema.json`.
     """
-    pipeline = backends[0].pipeline
-    bundle = pipeline.bundle
-    reference = _reference(measured)
+    bundle = setup.bundle
     report = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": list(command),
-        "partial": measured.partial,
+        "command": list(setup.command),
+        "partial": measured.ended_by is not None,
         "bundle": {
             "path": str(bundle.path.absolute()),
             "hash": bundle.model_hash,
             "model": bundle.manifest.model,
         },
-        "settings": asdict(options),
-        "environment": describe_machine(pipeline.threads),
+        "run": dict(setup.run),
+        "settings": asdict(setup.options),
+        "environment": dict(setup.environment),
         "telemetry": monitor.to_json(),
         "percentile_method": PERCENTILE_METHOD,
-        "reference_kernel": reference,
+        "reference_kernel": _reference(measured),
         "engines": [
-            _describe_case(backend, case, index, measured.sweep)
+            _describe_case(backend, case, samples, measured.sweep.warmup.get(index, []))
             for index, (backend, case) in enumerate(measured.cases)
-            if measured.sweep.samples.get(index)
+            if (samples := measured.sweep.samples.get(index))
         ],
         "generation": [
-            _describe_generation(name, index, measured, options, bundle.manifest.config)
+            _describe_generation(name, index, measured, setup.options, bundle.manifest.config)
             for index, name in enumerate(measured.policies)
             if measured.generated.get(index)
         ],
     }
-    return report | {"caveats": _list_caveats(report)}
+    return report | {"caveats": _list_caveats(report, measured)}
 
 
 def _reference(measured: Measured) -> dict[str, Any]:
-    samples = [value for values in measured.sweep.reference.values() for value in values]
-    samples += [each.reference_ms for runs in measured.generated.values() for each in runs]
-    if not samples:
-        return {"median_ms": None, "spread": None, "limit": BUSY_SPREAD, "busy": False}
-    summary = summarise(samples)
+    """The kernel of the size that varied most; the sizes take times that cannot be mixed."""
+    swept = [timed.reference_ms for each in measured.sweep.samples.values() for timed in each]
+    generated = [run.reference_ms for runs in measured.generated.values() for run in runs]
+    described = [
+        _describe_kernel(size, times)
+        for size, samples in ((sweep.KERNEL_SIZE, swept), (KERNEL_SIZE, generated))
+        if (times := [time for time in samples if time is not None])
+    ]
+    nothing = {"size": None, "median_ms": None, "spread": None}
+    most = max(described, key=lambda kernel: kernel["spread"], default=nothing)
+    busy = most["spread"] is not None and most["spread"] > BUSY_SPREAD
+    return {**most, "limit": BUSY_SPREAD, "busy": busy}
+
+
+def _describe_kernel(size: int, times: Sequence[float]) -> dict[str, Any]:
+    summary = summarise(times)
     # One hiccup among hundreds of samples is no busy machine: the slowest tenth is left out.
     spread = summary["p90"] / summary["min"]
-    return {
-        "median_ms": summary["p50"],
-        "spread": spread,
-        "limit": BUSY_SPREAD,
-        "busy": spread > BUSY_SPREAD,
-    }
+    return {"size": size, "median_ms": summary["p50"], "spread": spread}
 
 
-def _describe_case(backend: str, case: Case, index: int, sweep: Sweep) -> dict[str, Any]:
-    samples = sweep.samples[index]
+def _describe_case(
+    backend: str, case: Case, timed: Sequence[Timed], warmup: Sequence[Timed]
+) -> dict[str, Any]:
+    samples = [each.taken_ms for each in timed]
     latency, cost = summarise(samples), case.cost
     entry: dict[str, Any] = {
         "name": case.name,
@@ -138,9 +168,9 @@ def _describe_case(backend: str, case: Case, index: int, sweep: Sweep) -> dict[s
         "component": case.component,
         "tokens": case.tokens,
         "keys": case.keys,
-        "warmup_ms": sweep.warmup.get(index, []),
+        "warmup_ms": [each.taken_ms for each in warmup],
         "samples_ms": samples,
-        "reference_ms": sweep.reference[index],
+        "reference_ms": [each.reference_ms for each in timed],
         "latency_ms": latency,
         "cost": None,
     }
@@ -190,24 +220,41 @@ def _describe_generation(
         "reuse_ratio": float((trace.recompute == 0).sum() / decided),
         "padding_waste": 1 - asked / done,
         "flops": done,
-        "peak_bytes": {kind: max(run.peaks[kind] for run in runs) for kind in runs[0].peaks},
+        "peak_bytes": _join_peaks(runs),
     }
 
 
-def _list_caveats(report: Mapping[str, Any]) -> list[str]:
+def _join_peaks(runs: Sequence[Generated]) -> dict[str, int]:
+    """The largest of every kind that any run has: a short one may not have been asked of all."""
+    kinds = dict.fromkeys(kind for run in runs for kind in run.peaks)
+    return {kind: max(run.peaks.get(kind, 0) for run in runs) for kind in kinds}
+
+
+def _list_caveats(report: Mapping[str, Any], measured: Measured) -> list[str]:
     """What a reader has to know before believing a number."""
-    caveats = list(_METHOD)
-    kernel = report["reference_kernel"]
-    if report["partial"]:
-        caveats.append("Partial: the measurement was interrupted; some cases have fewer samples.")
+    caveats = [*_METHOD, *measured.notes]
+    kernel, throttling = report["reference_kernel"], report["telemetry"]["throttling"]
+    if measured.ended_by is not None:
+        caveats.append(
+            f"Partial: ended by {measured.ended_by}; what is here may have fewer samples than was "
+            "asked for, and something may be missing."
+        )
     if kernel["busy"]:
         caveats.append(
             f"The reference kernel varied by {kernel['spread']:.2f}, more than {BUSY_SPREAD}: the "
             "machine is busy with something else. Compare ratios to it alone."
         )
-    if report["telemetry"]["throttling"]:
-        reasons = ", ".join(report["telemetry"]["throttling"])
-        caveats.append(f"The GPU's clocks were lower than asked for: {reasons}.")
+    if report["generation"] and len(measured.policies) > 1:
+        caveats.append(
+            "Policies and backends share the process: what one has left in memory is in the peaks "
+            "of the others. Run each alone to compare memory."
+        )
+    if any(None in entry["reference_ms"] for entry in report["engines"] + report["generation"]):
+        caveats.append("Times on a GPU have no reference: the kernel is a product of the CPU.")
+    if throttling is None:
+        caveats.append("Whether the GPU lowered its clocks is not known: its driver does not tell.")
+    elif throttling:
+        caveats.append(f"The GPU's clocks were lower than asked for: {', '.join(throttling)}.")
     if any(len(entry["samples_ms"]) < 20 for entry in report["engines"]):
         caveats.append("Fewer than 20 samples of an engine: p95 and p99 say little.")
     return caveats

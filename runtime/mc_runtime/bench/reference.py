@@ -4,19 +4,19 @@ Neighbours: `policies` and `sweep` time the kernel between their turns, so that 
 the machine shows; `predict` takes the rates as the roofline of `this-cpu`.
 """
 
-__all__ = ["BUSY_SPREAD", "measure_rates", "time_kernel"]
+__all__ = ["BUSY_SPREAD", "KERNEL_SIZE", "measure_rates", "time_kernel"]
 
 import time
 
 import numpy as np
 
 BUSY_SPREAD = 1.3  # of the kernel's times: beyond, something else runs on the machine
-_KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
+KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
 _COPIED = 2**26  # bytes: beyond any cache
 _ROUNDS = 5
 
 
-def time_kernel(size: int = _KERNEL_SIZE) -> float:
+def time_kernel(size: int = KERNEL_SIZE) -> float:
     """Time some matrix products that are always the same.
 
     Args:
@@ -40,7 +40,7 @@ def measure_rates() -> tuple[float, float]:
         Operations per second of a matrix product, and bytes per second read and written by a copy:
         the best of five rounds of each.
     """
-    operations = 2 * _KERNEL_SIZE**3 * _KERNEL_PRODUCTS
+    operations = 2 * KERNEL_SIZE**3 * _KERNEL_PRODUCTS
     source = np.zeros(_COPIED, np.uint8)
     target = np.ones_like(source)
     flops, bandwidth = 0.0, 0.0
