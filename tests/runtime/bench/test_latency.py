@@ -382,7 +382,7 @@ def test_a_component_is_timed_without_what_it_does_not_need(tiny_bundle, monkeyp
         (("--engines", "--dtype=fp16"), "--dtype is for engines"),
         (("--engines", "--height=100"), "height: expected"),
         (
-            ("--engines", "--component=vae"),
+            ("--engines", "--generation", "--prompt=a", "--component=vae"),
             "component: expected some of block, head, context, text_layer, vae_decoder_next, "
             "vae_encoder_next, got vae. Name what the bundle has and mc-bench times.",
         ),
