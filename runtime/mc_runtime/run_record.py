@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mc_engines.bundle import Bundle
+from mc_runtime.input_file import read_json
 from mc_runtime.options import Chunk, GenerationOptions
 from mc_runtime.output_file import write_text
 from mc_runtime.versions import list_versions
@@ -20,6 +21,7 @@ from motioncache import Policy
 from motioncache.options import format_options
 
 SCHEMA = "motioncache.run/v1"
+_REMEDY = "Pass one that mc-generate wrote."
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
@@ -128,17 +130,7 @@ def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     """Take from a record what a repetition needs: `bundle`, `files` and `values`."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record.get("schema")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected the JSON of a run, got: {error}. Pass one that mc-generate wrote."
-        ) from error
-    if found != SCHEMA:
-        raise ValueError(
-            f"{path}: expected schema {SCHEMA}, got {found}. Pass one that mc-generate wrote."
-        )
+    record = read_json(path, SCHEMA, "the JSON of a run", _REMEDY)
     try:
         settings = asdict(GenerationOptions(**record["options"]))
         files = {name: Path(entry["path"]) for name, entry in record["files"].items()}
@@ -163,8 +155,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: expected a whole record, got one without or with a wrong {error}. "
-            "Pass one that mc-generate wrote."
+            f"{path}: expected a whole record, got one without or with a wrong {error}. {_REMEDY}"
         ) from error
 
 
