@@ -5,16 +5,24 @@ Neighbours: `samples` has the statistics; `mc-bench compare` asks.
 
 __all__ = ["Comparison", "Row", "compare_reports", "read_report"]
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mc_runtime.bench.latency_report import SCHEMA
-from mc_runtime.bench.samples import Change, compare_samples
+import numpy as np
 
-_FEWEST = 5  # samples of which a median means something
+from mc_runtime.bench.latency_report import SCHEMA
+from mc_runtime.bench.reference import BUSY_SPREAD
+from mc_runtime.bench.samples import Change, compare_samples, confidence
+from mc_runtime.bench.schemas import find_fault
+from mc_runtime.input_file import read_json
+
+FEWEST = 5  # samples of which a median means something
+_NAMES = {"engines": "{name} ({backend})", "generation": "generation, {policy} ({backend})"}
+_WHAT = "a report of mc-bench run --engines or --generation"
+_REMEDY = "Measure again with this version: mc-bench run --engines -o FILE."
+_NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -25,14 +33,17 @@ class Row:
         name: With its backend.
         before_ms: Median of the first report.
         after_ms: Median of the second.
-        change: In units of the reference kernel.
-        verdict: `slower`, `faster`, `no change`, or `too few samples`.
+        change: In units of the reference kernel, or in milliseconds where it was not timed.
+        by_kernel: Which of both.
+        verdict: `slower`, `faster` or `no change`; `too few samples` or `busy machine` where it is
+            not judged.
     """
 
     name: str
     before_ms: float
     after_ms: float
     change: Change
+    by_kernel: bool
     verdict: str
 
 
@@ -42,11 +53,14 @@ class Comparison:
 
     Attributes:
         rows: What both measured.
+        confidence: Least chance that the intervals of all rows that are judged hold, where nothing
+            changed; None where no row is.
         missing: What only one of them did.
-        notes: What else differs: settings, bundle, machine, versions.
+        notes: What else differs: settings, bundle, machine, versions; and what was not judged.
     """
 
     rows: tuple[Row, ...]
+    confidence: float | None
     missing: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -54,6 +68,24 @@ class Comparison:
     def regressed(self) -> bool:
         """Whether anything is slower."""
         return any(row.verdict == "slower" for row in self.rows)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Something that was measured.
+
+    Attributes:
+        samples: Milliseconds, one per round.
+        kernel: Median of the reference kernel's milliseconds in each of these rounds; None where it
+            was not timed, beside a GPU.
+        median: Of the samples.
+        busy: Whether the kernel varied too much in this part of the report.
+    """
+
+    samples: Sequence[float]
+    kernel: Sequence[float] | None
+    median: float
+    busy: bool
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -66,22 +98,13 @@ def read_report(path: Path) -> dict[str, Any]:
         The report.
 
     Raises:
-        ValueError: It is no JSON, or of another schema.
+        ValueError: It is no JSON, of another schema, or does not follow its schema.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        found = report.get("schema")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected a report of mc-bench run, got: {error}. Pass its JSON."
-        ) from error
-    if found != SCHEMA:
-        raise ValueError(
-            f"{path}: expected schema {SCHEMA}, got {found}. Measure again with this version: "
-            "mc-bench run --engines -o FILE."
-        )
-    checked: dict[str, Any] = report
-    return checked
+    report = read_json(path, SCHEMA, _WHAT, _REMEDY)
+    fault = find_fault("latency", report) or _find_uneven(report)
+    if fault is not None:
+        raise ValueError(f"{path}: expected {_WHAT}, got one in which {fault}. {_REMEDY}")
+    return report
 
 
 def compare_reports(
@@ -92,6 +115,11 @@ def compare_reports(
     absolute: float = 0.05,
 ) -> Comparison:
     """Compare what both reports measured.
+
+    A sample counts in units of the reference kernel, of which the median of the sample's round is
+    taken: a single time of it varies as much as what it is to steady. Where the kernel varied by
+    more than `BUSY_SPREAD` in either report, nothing is judged: shares of a machine that something
+    else uses are not the same for a short kernel and a long engine.
 
     Args:
         before: A report.
@@ -105,63 +133,113 @@ def compare_reports(
     Raises:
         ValueError: They have nothing in common.
     """
-    first, second = _entries(before), _entries(after)
-    common = [name for name in first if name in second]
-    if not common:
+    first, second = _list_entries(before), _list_entries(after)
+    pairs = {name: (first[name], second[name]) for name in first if name in second}
+    if not pairs:
         raise ValueError(
             "reports: expected engines or generations that both have, got none. "
             "Measure both with the same --engines, --generation and --backend."
         )
+    refused = {name: _refuse(*pair) for name, pair in pairs.items()}
+    judged = [
+        (len(mine.samples), len(theirs.samples))
+        for name, (mine, theirs) in pairs.items()
+        if refused[name] is None
+    ]
     rows = []
-    for name in common:
-        mine, theirs = first[name], second[name]
-        change = compare_samples(
-            mine["samples_ms"],
-            theirs["samples_ms"],
-            (mine["reference_ms"], theirs["reference_ms"]),
-            len(common),
-        )
-        fewest = min(len(mine["samples_ms"]), len(theirs["samples_ms"]))
-        verdict = "too few samples" if fewest < _FEWEST else change.verdict(relative, absolute)
-        rows.append(Row(name, _median(mine), _median(theirs), change, verdict))
-    missing = sorted(first.keys() ^ second.keys())
-    return Comparison(tuple(rows), tuple(missing), tuple(_differences(before, after)))
+    for name, (mine, theirs) in pairs.items():
+        timed = mine.kernel is not None and theirs.kernel is not None
+        kernels = (mine.kernel or (), theirs.kernel or ()) if timed else None
+        change = compare_samples(mine.samples, theirs.samples, kernels, max(1, len(judged)))
+        verdict = refused[name] or change.verdict(relative, absolute)
+        rows.append(Row(name, mine.median, theirs.median, change, timed, verdict))
+    return Comparison(
+        tuple(rows),
+        confidence(judged) if judged else None,
+        tuple(sorted(first.keys() ^ second.keys())),
+        (*_explain_refusals(refused), *_list_differences(before, after)),
+    )
 
 
-def _entries(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _list_entries(report: Mapping[str, Any]) -> dict[str, _Entry]:
     """Everything with samples, by a name that says what it is."""
-    engines = {f"{entry['name']} ({entry['backend']})": entry for entry in report["engines"]}
-    whole = {
-        f"generation, {entry['policy']} ({entry['backend']})": entry
-        for entry in report["generation"]
-    }
-    return engines | whole
+    entries = {}
+    for part, name in _NAMES.items():
+        kernels = [entry["reference_ms"] for entry in report[part]]
+        times = [time for each in kernels for time in each or () if time is not None]
+        busy = bool(times) and float(np.quantile(times, 0.9)) / min(times) > BUSY_SPREAD
+        by_round = list(_kernel_by_round(kernels))
+        for entry in report[part]:
+            samples, kernel = entry["samples_ms"], entry["reference_ms"]
+            timed = bool(kernel) and None not in kernel
+            entries[name.format(**entry)] = _Entry(
+                samples,
+                by_round[: len(samples)] if timed else None,
+                float(np.median(samples)),
+                busy and timed,
+            )
+    return entries
 
 
-def _median(entry: Mapping[str, Any]) -> float:
-    summary = entry["latency_ms"] if "latency_ms" in entry else entry["total_ms"]
-    return float(summary["p50"])
+def _kernel_by_round(kernels: Sequence[Sequence[float | None] | None]) -> Iterator[float]:
+    """Median of the reference kernel in each round, of everything that it was timed beside."""
+    for number in range(max((len(each or ()) for each in kernels), default=0)):
+        round_ = [each[number] for each in kernels if each and number < len(each)]
+        times = [time for time in round_ if time is not None]
+        yield float(np.median(times)) if times else float("nan")
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _refuse(before: _Entry, after: _Entry) -> str | None:
+    """Why a pair is not judged."""
+    if min(len(before.samples), len(after.samples)) < FEWEST:
+        return "too few samples"
+    return "busy machine" if before.busy or after.busy else None
+
+
+def _explain_refusals(refused: Mapping[str, str | None]) -> Iterator[str]:
+    """What can be done about each reason."""
+    if "too few samples" in refused.values():
+        yield (
+            f"Fewer than {FEWEST} samples are not judged. Measure with more: --iterations for "
+            "--engines, --rounds for --generation; --quick takes 1 of a generation."
+        )
+    if "busy machine" in refused.values():
+        yield (
+            f"Where the reference kernel varied by more than {BUSY_SPREAD}, something else ran, "
+            "and nothing is judged. Measure again when the machine is quiet."
+        )
+
+
+def _list_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What else is not the same in both."""
     notes = []
     if before["bundle"]["hash"] != after["bundle"]["hash"]:
         notes.append("The bundles differ.")
-    for part in ("settings", "environment"):
-        notes += [
-            f"{part}: {key} was {old}, is {new}."
-            for key, old, new in _changed(before[part], after[part])
-        ]
+    for part in ("settings", "run", "environment"):
+        old, new = (dict(_flatten(report[part])) for report in (before, after))
+        names = [*old, *(name for name in new if name not in old)]
+        pairs = [(name, old.get(name, _NOTHING), new.get(name, _NOTHING)) for name in names]
+        notes += [f"{part}: {name} was {a}, is {b}." for name, a, b in pairs if a != b]
     for which, report in (("first", before), ("second", after)):
         if report["partial"]:
             notes.append(f"The {which} report is partial.")
-        if report["reference_kernel"]["busy"]:
-            notes.append(f"The machine was busy during the {which} report.")
     return notes
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Sequence[tuple[str, Any, Any]]:
-    """Keys whose values differ, with both."""
-    keys = [*old, *(key for key in new if key not in old)]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+def _flatten(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by the names that lead to them, such as `policies.flowcache.threshold`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def _find_uneven(report: Mapping[str, Any]) -> str | None:
+    """Say which entry has not as many times of the reference kernel as samples; a schema cannot."""
+    for part in _NAMES:
+        for number, entry in enumerate(report[part]):
+            kernel = entry["reference_ms"]
+            if kernel is not None and len(kernel) != len(entry["samples_ms"]):
+                return f"{part}[{number}].reference_ms is not as long as samples_ms"
+    return None

@@ -3,6 +3,7 @@
 __all__ = ["compare_command"]
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,12 +78,25 @@ def _print(comparison: Comparison, relative: float, absolute: float, quiet: bool
 
 def _notes(comparison: Comparison, relative: float, absolute: float) -> list[str]:
     """What a reader has to know before believing a verdict."""
-    notes = [
-        "Ratios are those of medians, each sample over the reference kernel beside it; intervals "
-        "are bootstrapped, and hold together in 95 of 100 repetitions.",
-        f"A verdict needs an interval without 1, more than {relative:.0%} and {absolute:g} ms.",
-        *comparison.notes,
-    ]
+    notes = [_describe_ratios(comparison)]
+    if comparison.confidence is not None:
+        notes += [
+            "Intervals are bootstrapped from the samples of each report. Those of all rows that "
+            f"are judged hold together in {math.floor(100 * comparison.confidence)} of 100 "
+            "repetitions or more where nothing changed, as far as samples are independent; what "
+            "differs from one start of the program to the next is not in them.",
+            f"A verdict needs an interval without 1, more than {relative:.0%} and {absolute:g} ms.",
+        ]
+    notes += comparison.notes
     if comparison.missing:
         notes.append(f"In one report alone: {', '.join(comparison.missing)}.")
     return notes
+
+
+def _describe_ratios(comparison: Comparison) -> str:
+    by_kernel = "each sample over the reference kernel of its round"
+    raw = [row.name for row in comparison.rows if not row.by_kernel]
+    if len(raw) == len(comparison.rows):
+        return "Ratios are those of medians, in milliseconds: no reference kernel was timed."
+    but = f"; but in milliseconds, without one: {', '.join(raw)}" if raw else ""
+    return f"Ratios are those of medians, {by_kernel}{but}."

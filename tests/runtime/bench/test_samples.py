@@ -1,11 +1,12 @@
 """Statistics of samples: against numpy's and Python's own, and by planted changes."""
 
+import itertools
 import statistics
 
 import numpy as np
 import pytest
 
-from mc_runtime.bench.samples import Change, compare_samples, summarise
+from mc_runtime.bench.samples import Change, compare_samples, confidence, summarise
 
 
 def test_a_summary_is_that_of_the_standard_library() -> None:
@@ -46,3 +47,29 @@ def test_more_comparisons_make_wider_intervals() -> None:
     alone, among = (compare_samples(*samples, np.ones((2, 30)), tests) for tests in (1, 25))
     assert among.low < alone.low < alone.ratio < alone.high < among.high
     assert alone.ratio == pytest.approx(np.median(samples[1]) / np.median(samples[0]))
+
+
+def test_an_interval_of_five_samples_reaches_as_far_as_they_do() -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(10, 1, (2, 5))
+    change = compare_samples(before, after, tests=12)
+    ends = after.min() / before.max(), after.max() / before.min()
+    assert (change.low, change.high) == pytest.approx(ends, rel=1e-6)
+
+
+def test_the_confidence_is_what_orders_of_samples_leave() -> None:
+    orders = list(itertools.combinations(range(10), 5))
+    apart = [chosen for chosen in orders if chosen in (orders[0], orders[-1])]
+    assert confidence([(5, 5)] * 12) == pytest.approx(1 - 12 * len(apart) / len(orders))
+    assert confidence([(30, 30)] * 12) == confidence([(7, 9)]) == pytest.approx(0.95)
+    assert confidence([(2, 2)] * 12) == 0
+
+
+@pytest.mark.parametrize("count", [8, 30])
+def test_intervals_hold_as_often_as_they_claim(count: int) -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(60):
+        change = compare_samples(*(1 + 0.05 * rng.exponential(size=(2, count))))
+        held += change.low <= 1 <= change.high
+    assert held >= 54  # of 57; fewer in 1 of 50 draws
