@@ -5,7 +5,16 @@ leaves out; a random checkpoint of a real size takes its configuration from here
 predict` the sizes of a model that is not here.
 """
 
-__all__ = ["FAMILY_DEFAULTS", "PUBLISHED", "UMT5_XXL", "WAN21_VAE", "Published", "published_name"]
+__all__ = [
+    "FAMILY_DEFAULTS",
+    "MAGI",
+    "PUBLISHED",
+    "PUBLISHED_BY_FAMILY",
+    "UMT5_XXL",
+    "WAN21_VAE",
+    "Published",
+    "published_name",
+]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +27,9 @@ class Published:
     """One published checkpoint and the video it was trained for.
 
     Attributes:
-        repository: On the Hugging Face hub, in diffusers' layout; None for the one in this package.
-        transformer: Configuration of the transformer, with diffusers' keys.
+        repository: On the Hugging Face hub; None for the one in this package.
+        transformer: Configuration of the transformer, with the keys of its family: diffusers' for
+            SkyReels-V2; for MAGI-1 those of its own `model_config`, and `distill`.
         height: Pixels.
         width: Pixels.
         base_num_frames: Pixel frames of one window.
@@ -34,7 +44,7 @@ class Published:
     spatial_factor: int = 8
 
 
-def _transformer(
+def _skyreels(
     layers: int, heads: int, ffn_dim: int, fps: bool, head_dim: int = 128, text_dim: int = 4096
 ) -> Mapping[str, Any]:
     return MappingProxyType(
@@ -57,9 +67,9 @@ def _transformer(
     )
 
 
-_SMALL = _transformer(layers=30, heads=12, ffn_dim=8960, fps=True)
-_LARGE = _transformer(layers=40, heads=40, ffn_dim=13824, fps=False)
-_MINI = _transformer(layers=6, heads=3, ffn_dim=768, fps=True, head_dim=64, text_dim=128)
+_SMALL = _skyreels(layers=30, heads=12, ffn_dim=8960, fps=True)
+_LARGE = _skyreels(layers=40, heads=40, ffn_dim=13824, fps=False)
+_MINI = _skyreels(layers=6, heads=3, ffn_dim=768, fps=True, head_dim=64, text_dim=128)
 
 # Source: repositories, diffusers' documentation (api/pipelines/skyreels_v2); sizes, its
 # scripts/convert_skyreelsv2_to_diffusers.py (commit 58eb52c); videos, SkyReels-V2's README
@@ -81,10 +91,59 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
     }
 )
 
-# The published checkpoint that stands for its family: the one that fits a single GPU.
-FAMILY_DEFAULTS: Mapping[str, str] = MappingProxyType({"skyreels": "skyreels-df-1.3b-540p"})
 
-# The text encoder that all of them share, with the keys of transformers' UMT5Config.
+def _magi(distilled: bool, large: bool) -> Published:
+    transformer = {
+        "model_name": "videodit_ardf",
+        "num_layers": 48 if large else 34,
+        "hidden_size": 6144 if large else 3072,
+        "ffn_hidden_size": 16384 if large else 12288,
+        "num_attention_heads": 48 if large else 24,
+        "num_query_groups": 8,
+        "kv_channels": 128,
+        "layernorm_epsilon": 1e-6,
+        "apply_layernorm_1p": True,
+        "x_rescale_factor": 0.1 if large else 1,
+        "half_channel_vae": large,
+        "params_dtype": "torch.bfloat16",
+        "patch_size": 2,
+        "t_patch_size": 1,
+        "in_channels": 32 if large else 16,
+        "out_channels": 32 if large else 16,
+        "cond_hidden_ratio": 0.25,
+        "caption_channels": 4096,
+        "caption_max_length": 800,
+        "xattn_cond_hidden_ratio": 1.0,
+        "cond_gating_ratio": 1.0,
+        "gated_linear_unit": large,
+        "distill": distilled,
+    }
+    width = 1280 if large else 720
+    return Published("sand-ai/MAGI-1", MappingProxyType(transformer), 720, width, 96)
+
+
+# Source: SandAI-org/MAGI-1 6ff822e, example/*/*_config.json and README. All weights lie in one
+# repository, below ckpt/magi.
+MAGI: Mapping[str, Published] = MappingProxyType(
+    {
+        "magi-4.5b": _magi(distilled=False, large=False),
+        "magi-4.5b-distill": _magi(distilled=True, large=False),
+        "magi-24b": _magi(distilled=False, large=True),
+        "magi-24b-distill": _magi(distilled=True, large=True),
+    }
+)
+
+# PUBLISHED alone holds what the runtime generates with, and predicts.
+PUBLISHED_BY_FAMILY: Mapping[str, Mapping[str, Published]] = MappingProxyType(
+    {"skyreels": PUBLISHED, "magi": MAGI}
+)
+
+# The published checkpoint that stands for its family: the one that fits a single GPU.
+FAMILY_DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {"skyreels": "skyreels-df-1.3b-540p", "magi": "magi-4.5b-distill"}
+)
+
+# The text encoder that SkyReels-V2's share, with the keys of transformers' UMT5Config.
 # Source: SkyReels-V2, skyreels_v2_infer/modules/t5.py, umt5_xxl (commit abed76f).
 UMT5_XXL: Mapping[str, Any] = MappingProxyType(
     {
@@ -102,7 +161,7 @@ UMT5_XXL: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-# The autoencoder that all of them share, with the keys of diffusers' AutoencoderKLWan.
+# The autoencoder that SkyReels-V2's share, with the keys of diffusers' AutoencoderKLWan.
 # Source: SkyReels-V2, skyreels_v2_infer/modules/vae.py (commit abed76f).
 WAN21_VAE: Mapping[str, Any] = MappingProxyType(
     {
@@ -128,7 +187,7 @@ def published_name(transformer: Mapping[str, Any]) -> str | None:
     """Which published checkpoint a transformer's configuration belongs to.
 
     Args:
-        transformer: Configuration as `load_checkpoint` gives it.
+        transformer: Configuration as a family's loader gives it.
 
     Returns:
         The name, or None where no published checkpoint has this configuration, or more than one
@@ -138,5 +197,10 @@ def published_name(transformer: Mapping[str, Any]) -> str | None:
         >>> published_name(PUBLISHED["skyreels-df-1.3b-540p"].transformer)
         'skyreels-df-1.3b-540p'
     """
-    names = [name for name, model in PUBLISHED.items() if model.transformer == dict(transformer)]
+    names = [
+        name
+        for models in PUBLISHED_BY_FAMILY.values()
+        for name, model in models.items()
+        if model.transformer == dict(transformer)
+    ]
     return names[0] if len(names) == 1 else None

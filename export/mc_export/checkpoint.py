@@ -3,7 +3,8 @@
 This is where a checkpoint enters: `load_checkpoint` finds the parts, the adapters turn each into
 components and hold it against the tensors they need with `check_tensors`. Nothing is read here but
 configurations and headers. Neighbours: `tensor_source` maps the files, `original_names` translates
-the original layout, `fetch_checkpoint` gets a published one.
+the original layout, `fetch_checkpoint` gets a published one; `load_magi_checkpoint` does the same
+for the other family.
 """
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_tensors",
     "load_checkpoint",
     "load_finite",
+    "read_json",
 ]
 
 import json
@@ -77,8 +79,9 @@ class Part:
     """One part of a checkpoint: the transformer, the text encoder or the VAE.
 
     Attributes:
-        config: Keys of diffusers (transformer, VAE) or transformers (text encoder).
-        tensors: Tensors under diffusers' or transformers' names, in either layout.
+        config: Keys of diffusers (transformer, VAE) or transformers (text encoder) for SkyReels-V2;
+            of its own configuration for MAGI-1.
+        tensors: Tensors under the names that belong to these keys, in either layout.
     """
 
     config: dict[str, Any]
@@ -91,12 +94,14 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        transformer: The keys of its config are those of `PUBLISHED`, all of them.
+        transformer: The keys of its config are those of a published configuration, all of them.
         text_encoder: Its config has the keys of transformers' UMT5Config.
         vae: Its config has the keys of diffusers' AutoencoderKLWan.
         tokenizer: Folder with `tokenizer.json`; without that file the tokenizer counts as missing.
-        scheduler: diffusers' scheduler_config.json; the original layout has none.
+        scheduler: How the model is meant to be run: diffusers' scheduler_config.json, which the
+            original layout lacks; or what MAGI-1's configuration says besides the model's sizes.
         presets: Cache presets for these weights, from `presets.json`, as a manifest has them.
+        family: Name of the adapter in `FAMILIES`.
     """
 
     path: Path
@@ -106,6 +111,7 @@ class Checkpoint:
     tokenizer: Path | None
     scheduler: dict[str, Any] | None
     presets: dict[str, Any] = field(default_factory=dict)
+    family: str = "skyreels"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -189,6 +195,32 @@ def load_finite(source: TensorSource, name: str) -> Tensor:
     return tensor
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        file: Where it lies.
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: It cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: expected JSON, got {error}. Fetch the checkpoint again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{file}: expected a JSON object, got {type(value).__name__}. "
+            "Fetch the checkpoint again."
+        )
+    return value
+
+
 def _listing(what: str, names: list[str]) -> str:
     if not names:
         return ""
@@ -205,7 +237,7 @@ def _load_diffusers(path: Path) -> Checkpoint:
             f"{_USE_PUBLISHED}"
         )
     file = path / "transformer" / "config.json"
-    config = _read_json(file)
+    config = read_json(file)
     if config.get("_class_name", _TRANSFORMER_CLASS) != _TRANSFORMER_CLASS:
         raise CheckpointError(
             f"{file}: expected a {_TRANSFORMER_CLASS}, got {config['_class_name']}. "
@@ -241,7 +273,12 @@ def _diffusers_part(folder: Path) -> Part | None:
 
 def _load_original(path: Path) -> Checkpoint:
     file = path / "config.json"
-    original = _read_json(file)
+    original = read_json(file)
+    if "model_config" in original:
+        raise CheckpointError(
+            f"{file}: expected the configuration of a SkyReels-V2 model, got one of MAGI-1. "
+            "Pass --model magi."
+        )
     name = original.get("_class_name", "WanModel")
     if name == _TRANSFORMER_CLASS:
         raise CheckpointError(
@@ -325,19 +362,4 @@ def _tokenizer(folder: Path) -> Path | None:
 
 
 def _optional_json(file: Path) -> dict[str, Any] | None:
-    return _read_json(file) if file.is_file() else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: expected JSON, got {error}. Fetch the checkpoint again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file}: expected a JSON object, got {type(value).__name__}. "
-            "Fetch the checkpoint again."
-        )
-    return value
+    return read_json(file) if file.is_file() else None

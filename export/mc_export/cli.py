@@ -1,13 +1,13 @@
 """`mc-export`: from a checkpoint to a bundle.
 
-Neighbours: `load_checkpoint` opens the checkpoint, `export_bundle` converts it, `plan_sizes` says
-beforehand what that takes. torch is imported when there is work to do.
+Neighbours: the family's adapter opens the checkpoint and says beforehand what that takes,
+`export_bundle` converts it. torch is imported when there is work to do.
 """
 
 __all__ = ["main"]
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -15,30 +15,30 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mc_engines.command import command
 from mc_engines.errors import CheckpointError, MissingExtraError, require
-from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED, WAN21_VAE
+from mc_engines.published import PUBLISHED_BY_FAMILY
 from mc_engines.specs import PRECISIONS, Precision
 
 if TYPE_CHECKING:
-    from mc_export.checkpoint import Checkpoint
+    import torch
 
-LACKS = {
-    "text_encoder": "prompts cannot be encoded; generate from --prompt-embeds",
-    "tokenizer": "prompts cannot be encoded; generate from --prompt-embeds",
-    "vae": "latents cannot be decoded; generate with --save-latents",
-}
+    from mc_export.checkpoint import Checkpoint
+    from mc_export.family import Family
+
+PUBLISHED_NAMES = [name for models in PUBLISHED_BY_FAMILY.values() for name in models]
 
 
 @command("mc-export")
 @click.option(
     "--model",
-    type=click.Choice([*FAMILY_DEFAULTS, *PUBLISHED]),
+    type=click.Choice([*PUBLISHED_BY_FAMILY, *PUBLISHED_NAMES]),
     required=True,
-    help="Family, or one of its published models; skyreels-mini comes with this package.",
+    help="Family, or one of its published models; skyreels-mini comes with this package. Of magi "
+    "the transformer is exported, and mc-generate does not run it yet.",
 )
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Folder of the checkpoint; without it the published one is fetched.",
+    help="Folder of the checkpoint; without it the published one is fetched (not of magi).",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option(
@@ -64,59 +64,46 @@ def main(
         raise click.UsageError("Missing option '-o' / '--output'. Name the bundle's folder.")
     for module, extra in (("onnxruntime", "cpu"), ("torch", "export"), ("onnxscript", "export")):
         require(module, extra)
-    opened = _open(model, checkpoint)
-    for part in _missing(opened):
-        click.echo(f"{part}: not in {opened.path}, skipped: {LACKS[part]}.", err=True)
+    family, opened = _open(model, checkpoint)
+    for part, consequence in family.lacks.items():
+        if getattr(opened, part) is None:
+            click.echo(f"{part}: not in {opened.path}, skipped: {consequence}.", err=True)
     if dry_run:
-        click.echo(_plan(model, opened, dtype, video))
+        click.echo(family.plan(opened, _stored_type(opened, dtype), model, video))
         return
     assert output is not None  # held above
-    name = model if model in PUBLISHED else None
-    _export(opened, output, dtype, overwrite, quiet, name)
+    _export(opened, output, dtype, overwrite, quiet, model if model in PUBLISHED_NAMES else None)
+    if family.note:
+        click.echo(family.note, err=True)
 
 
-def _open(model: str, path: Path | None) -> "Checkpoint":
-    from mc_export.checkpoint import load_checkpoint
-    from mc_export.fetch import fetch_checkpoint
+def _open(model: str, path: Path | None) -> "tuple[Family, Checkpoint]":
+    from mc_export.families import find_family
 
+    name, family = find_family(model)
+    if path is None and family.fetch is None:
+        raise click.UsageError(f"Missing option '--checkpoint': expected {family.accepted}.")
     try:
-        opened = load_checkpoint(path or fetch_checkpoint(model))
+        if path is None and family.fetch is not None:
+            path = family.fetch(model)
+        assert path is not None  # held above
+        opened = family.load(path)
     except MissingExtraError as error:  # huggingface-hub: what to do is to use another option
         raise click.UsageError(str(error)) from error
-    if model in PUBLISHED and opened.transformer.config != dict(PUBLISHED[model].transformer):
+    published = PUBLISHED_BY_FAMILY[name].get(model)
+    if published is not None and opened.transformer.config != dict(published.transformer):
         raise CheckpointError(
             f"{opened.path}: expected the transformer of {model}, got one of other sizes. "
-            "Pass --model skyreels to export whatever it is."
+            f"Pass --model {name} to export whatever it is."
         )
-    return opened
+    return family, opened
 
 
-def _missing(checkpoint: "Checkpoint") -> list[str]:
-    return [part for part in LACKS if getattr(checkpoint, part) is None]
-
-
-def _plan(
-    model: str, checkpoint: "Checkpoint", dtype: Precision | None, video: dict[str, int | None]
-) -> str:
-    from mc_export.export_bundle import expected_tensors, stored_precision
-    from mc_export.size_plan import plan_sizes, render_plan
-    from mc_export.wan_vae_components import describe_vae
+def _stored_type(checkpoint: "Checkpoint", dtype: Precision | None) -> "torch.dtype":
+    from mc_export.export_bundle import stored_precision
     from mc_export.write_component import STORED_TYPES
 
-    published = PUBLISHED[FAMILY_DEFAULTS.get(model, model)]
-    sizes: dict[str, Any] = {
-        name: getattr(published, name) if value is None else value for name, value in video.items()
-    }
-    vae = WAN21_VAE if checkpoint.vae is None else checkpoint.vae.config
-    plan = plan_sizes(
-        checkpoint.transformer.config,
-        expected_tensors(checkpoint),
-        dtype=STORED_TYPES[dtype or stored_precision(checkpoint.transformer)],
-        chunk=5,
-        spatial_factor=describe_vae(vae)["spatial_factor"],
-        **sizes,
-    )
-    return render_plan(plan)
+    return STORED_TYPES[dtype or stored_precision(checkpoint.transformer)]
 
 
 def _export(

@@ -1,4 +1,4 @@
-"""Gets a published checkpoint, for an export without `--checkpoint`: from the hub or this package.
+"""Gets a published SkyReels-V2, for an export without `--checkpoint`: from the hub or this package.
 
 Neighbours: `PUBLISHED` says where each lies, `load_checkpoint` opens what comes back.
 """
@@ -45,8 +45,9 @@ def fetch_checkpoint(model: str) -> Path:
     """
     name = FAMILY_DEFAULTS.get(model, model)
     if name not in PUBLISHED:
+        families = [family for family, default in FAMILY_DEFAULTS.items() if default in PUBLISHED]
         raise ValueError(
-            f"model: expected one of {', '.join([*FAMILY_DEFAULTS, *PUBLISHED])}, got {model!r}."
+            f"model: expected one of {', '.join([*families, *PUBLISHED])}, got {model!r}."
         )
     repository = PUBLISHED[name].repository
     if repository is None:

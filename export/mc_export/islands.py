@@ -39,14 +39,18 @@ def narrow(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     def border(island: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         return cast_real(output, dtype)
 
-    narrowed = copy.deepcopy(module)
-    for part in narrowed.modules():
-        if isinstance(part, Island):
+    def lower(part: torch.nn.Module) -> None:
+        if isinstance(part, Island):  # with all that is inside of it
             part.register_forward_pre_hook(widen)
             part.register_forward_hook(border)
-        else:
-            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                tensor.data = cast_real(tensor.data, dtype)
+            return
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            tensor.data = cast_real(tensor.data, dtype)
+        for child in part.children():
+            lower(child)
+
+    narrowed = copy.deepcopy(module)
+    lower(narrowed)
     return narrowed
 
 

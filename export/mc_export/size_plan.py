@@ -3,21 +3,31 @@
 Parameters are counted from the shapes that the adapters expect of a checkpoint, so that there is
 no second formula for them. Bytes are decimal: 1 GB is 10^9.
 
-Neighbours: `plan_run_sizes` says what a run holds in memory.
+Neighbours: `plan_run_sizes` says what a run holds in memory; a family's adapter says which of the
+two plans here is its own.
 """
 
-__all__ = ["ComponentSize", "SizePlan", "plan_sizes", "render_plan"]
+__all__ = [
+    "ComponentSize",
+    "SizePlan",
+    "plan_components",
+    "plan_sizes",
+    "render_components",
+    "render_plan",
+]
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mc_engines.onnxruntime_runner import HELD_WEIGHTS_BYTES
 from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
+from mc_export.component import ComponentSource
 from mc_export.tensor_source import Shape
 
 _TEMPORAL_FACTOR = 4
@@ -153,6 +163,37 @@ def plan_sizes(
     )
 
 
+def plan_components(
+    sources: Iterable[ComponentSource],
+    tables: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype,
+) -> tuple[ComponentSize, ...]:
+    """Count what the components of a family hold, without a formula of its own.
+
+    Args:
+        sources: The components.
+        tables: Tensors by name of what the bundle holds beside them.
+        dtype: Weights are stored in it.
+
+    Returns:
+        Components and tables that have weights.
+    """
+    counts = [
+        (source.name, max(1, len(source.layers)), _count(source.module.parameters()))
+        for source in sources
+    ]
+    counts += [(name, 1, _count(tensors.values())) for name, tensors in tables.items()]
+    return tuple(
+        ComponentSize(name, layers, layers * count, layers * count * dtype.itemsize)
+        for name, layers, count in counts
+        if count
+    )
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
 def _describe_window(
     transformer: Mapping[str, Any], chunk_tokens: int, window_tokens: int
 ) -> WindowShape:
@@ -277,15 +318,8 @@ def render_plan(plan: SizePlan) -> str:
         Lines of plain text: the bundle's components, the export, a run on the CPU and on a device.
     """
     height, width, frames = plan.video
-    stored = str(plan.dtype).removeprefix("torch.")
-    lines = [f"{'component':<24}{'layers':>8}{'parameters':>18}{stored + ' (GB)':>18}"]
-    lines += [
-        f"{c.name:<24}{c.layers:>8}{c.parameters:>18,}{c.bytes / 1e9:>18.3f}"
-        for c in plan.components
-    ]
-    lines += [
-        f"{'bundle':<50}{plan.bundle / 1e9:>18.3f}",
-        f"{'export, peak (estimate)':<50}{plan.export_peak / 1e9:>18.3f}",
+    lines = [
+        *render_components(plan.components, plan.dtype),
         "",
         f"{height} x {width} pixels, {frames} frames a window, {plan.chunk_tokens:,} tokens a "
         f"chunk, {plan.window_tokens:,} a window",
@@ -296,3 +330,27 @@ def render_plan(plan: SizePlan) -> str:
         for label, row in _RUN_ROWS.items()
     ]
     return "\n".join(lines)
+
+
+def render_components(components: tuple[ComponentSize, ...], dtype: torch.dtype) -> list[str]:
+    """Write the table of a bundle's components, and of what their export takes.
+
+    Args:
+        components: What `plan_sizes` or `plan_components` counted.
+        dtype: Weights are stored in it.
+
+    Returns:
+        Lines of plain text.
+    """
+    stored = str(dtype).removeprefix("torch.")
+    bundle = sum(component.bytes for component in components)
+    peak = _export_peak(components, dtype.itemsize)
+    return [
+        f"{'component':<24}{'layers':>8}{'parameters':>18}{stored + ' (GB)':>18}",
+        *(
+            f"{c.name:<24}{c.layers:>8}{c.parameters:>18,}{c.bytes / 1e9:>18.3f}"
+            for c in components
+        ),
+        f"{'bundle':<50}{bundle / 1e9:>18.3f}",
+        f"{'export, peak (estimate)':<50}{peak / 1e9:>18.3f}",
+    ]

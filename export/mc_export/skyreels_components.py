@@ -9,17 +9,18 @@ cheaper to rotate; cached keys are in that order too, which only the graphs ever
 __all__ = ["describe_transformer", "transformer_components", "transformer_tensors"]
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mc_engines.errors import CheckpointError
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
+from mc_export.filling import Load, Tensors, fill_module, make_drawer
 from mc_export.skyreels import (
     ROPE_THETA,
     Block,
@@ -35,8 +36,6 @@ from mc_export.tensor_source import TensorSource
 
 # 0.4 is the least that MotionCache recomputes with its published settings, if it recomputes at all.
 TOKEN_BUCKETS = 0.25, 0.4, 0.5, 0.75, 1.0
-Load = Callable[[str], Tensor]
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -195,16 +194,16 @@ def transformer_components(
 
 
 def _text_projection(c: _Config, load: Load) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
     at = "condition_embedder.text_embedder."
     weights = _linear("up", load, f"{at}linear_1") | _linear("down", load, f"{at}linear_2")
-    module = _filled(TextProjection(c.text_dim, c.dim), weights)
+    module = fill_module(TextProjection(c.text_dim, c.dim), weights)
     inputs = {"embedding": draw(1, 7, c.text_dim)}
     return ComponentSource("text_projection", module, inputs, {"embedding": {1: "T"}}, ("text",))
 
 
 def _context(c: _Config, load: Load) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
 
     def layer_weights(layer: int) -> Tensors:
         at = f"blocks.{layer}.attn2."
@@ -237,7 +236,7 @@ def _timestep(c: _Config, load: Load) -> ComponentSource:
     module = Timestep(c.freq_dim, c.dim, c.fps_embedding)
     return ComponentSource(
         "timestep",
-        _filled(module, weights),
+        fill_module(module, weights),
         inputs,
         {"timesteps": {0: "n"}},
         ("modulation", "head_modulation"),
@@ -246,16 +245,16 @@ def _timestep(c: _Config, load: Load) -> ComponentSource:
 
 
 def _embed(c: _Config, load: Load) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
     weight = load("patch_embedding.weight").flatten(1).T
     weights = {"project.weight": weight, "project.bias": load("patch_embedding.bias")}
-    module = _filled(Embed(c.in_channels * c.patch, c.dim), weights)
+    module = fill_module(Embed(c.in_channels * c.patch, c.dim), weights)
     inputs = {"patches": draw(1, 6, c.in_channels * c.patch)}
     return ComponentSource("embed", module, inputs, {"patches": {1: "L"}}, ("x",))
 
 
 def _block(c: _Config, load: Load) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
     rows, slots, half = 6, 16, c.head_dim // 2
     angles = draw(rows, half) * math.tau
     inputs = {
@@ -317,12 +316,12 @@ def _block_weights(c: _Config, load: Load, layer: int) -> Tensors:
 
 
 def _head(c: _Config, load: Load) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
     weights = _linear("project", load, "proj_out")
     weights["modulation.table"] = load("scale_shift_table")
     return ComponentSource(
         "head",
-        _filled(Head(c.dim, c.out_channels * c.patch, c.epsilon), weights),
+        fill_module(Head(c.dim, c.out_channels * c.patch, c.epsilon), weights),
         {
             "out": draw(1, 6, c.dim),
             "frame_ids": torch.arange(6, dtype=torch.int32) % 3,
@@ -335,7 +334,7 @@ def _head(c: _Config, load: Load) -> ComponentSource:
 
 
 def _motion(c: _Config) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
     inputs = {"out": draw(1, 3, 4, c.dim), "previous": draw(1, 4, c.dim)}
     dynamic = {"out": {1: "F", 2: "P"}, "previous": {1: "P"}}
     float32 = frozenset({"change"})
@@ -343,7 +342,7 @@ def _motion(c: _Config) -> ComponentSource:
 
 
 def _combine(c: _Config) -> ComponentSource:
-    draw = _drawer()
+    draw = make_drawer()
     inputs = {
         "x": draw(1, 5, c.dim),
         "residual": draw(1, 5, c.dim),
@@ -354,11 +353,6 @@ def _combine(c: _Config) -> ComponentSource:
     long = {name: {1: "L"} for name in ("x", "residual")}
     dynamic = long | {"y": {1: "K"}, "rows": {0: "K"}, "row_map": {0: "L"}}
     return ComponentSource("combine", Combine().eval(), inputs, dynamic, ("out", "new_residual"))
-
-
-def _drawer() -> Callable[..., Tensor]:
-    """Draws normal samples, one after the other, the same in every export."""
-    return partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
 def _half_split_order(heads: int, head_dim: int) -> Tensor:
@@ -378,10 +372,3 @@ def _joined(to: str, load: Load, names: list[str], orders: list[Any] | None = No
     weight = torch.cat([load(f"{name}.weight")[order] for name, order in pairs]).T
     bias = torch.cat([load(f"{name}.bias")[order] for name, order in pairs])
     return {f"{to}.weight": weight, f"{to}.bias": bias}
-
-
-def _filled(module: nn.Module, weights: Tensors) -> nn.Module:
-    parameters = {name: nn.Parameter(value.float(), False) for name, value in weights.items()}
-    buffers = dict(module.named_buffers())
-    module.load_state_dict(parameters | buffers, assign=True)
-    return module.eval()

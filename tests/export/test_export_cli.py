@@ -61,9 +61,9 @@ def test_a_published_name_is_held_against_the_checkpoint(tmp_path: Path) -> None
 
 
 def test_another_family_is_wrong_usage(tmp_path: Path) -> None:
-    result = run("--model", "magi", "--checkpoint", GOLDEN, "-o", tmp_path / "bundle")
+    result = run("--model", "wan", "--checkpoint", GOLDEN, "-o", tmp_path / "bundle")
     assert result.exit_code == 2
-    assert "'magi' is not one of 'skyreels'" in result.stderr
+    assert "'wan' is not one of 'skyreels', 'magi'" in result.stderr
 
 
 def test_an_unexpected_tensor_is_named(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from mc_engines.errors import MissingExtraError
-from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED
+from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED_BY_FAMILY
 from mc_export.checkpoint import ACCEPTED_FORMS, load_checkpoint
+from mc_export.families import FAMILIES
 from mc_export.fetch import fetch_checkpoint
 
 REPOSITORY = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
@@ -130,10 +131,14 @@ def test_without_the_hubs_library_the_accepted_forms_are_named(
     )
 
 
-def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model: expected one of skyreels, .*, got 'wan'\."):
-        fetch_checkpoint("wan")
+@pytest.mark.parametrize("model", ["wan", "magi", "magi-24b"])
+def test_an_unknown_model_is_refused(model: str) -> None:
+    pattern = rf"model: expected one of skyreels, skyreels-df-.*, got '{model}'\."
+    with pytest.raises(ValueError, match=pattern):
+        fetch_checkpoint(model)
 
 
 def test_every_family_has_a_published_checkpoint() -> None:
-    assert set(FAMILY_DEFAULTS.values()) <= PUBLISHED.keys()
+    assert FAMILY_DEFAULTS.keys() == PUBLISHED_BY_FAMILY.keys() == FAMILIES.keys()
+    for family, name in FAMILY_DEFAULTS.items():
+        assert name in PUBLISHED_BY_FAMILY[family]

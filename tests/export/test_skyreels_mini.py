@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from mc_engines.published import PUBLISHED
 from mc_export.checkpoint import load_checkpoint
 from mc_export.cli import main
-from mc_export.export_bundle import _max_tokens, expected_tensors
+from mc_export.export_bundle import expected_tensors
 from mc_export.fetch import PACKAGED, fetch_checkpoint
+from mc_export.skyreels_family import _max_tokens
 from motioncache import Preset, make_policy
 
 LIMIT = 16 * 2**20

@@ -7,7 +7,9 @@ memory; it takes its flash path only for 3-D queries, keys and values (1, tokens
 1. MatMul(q, Transpose(k)) -> Softmax -> MatMul(., v) becomes MultiHeadAttention(q, k, v) with
    scale 1, for q is scaled already;
 2. q, k and v, which are (1, H, tokens, D), are transposed and flattened first;
-3. the Transpose and Reshape that follow, back to (1, tokens, H*D), go away.
+3. the Transpose and Reshape that follow, back to (1, tokens, H*D), go away;
+4. where something else follows, as where several heads of queries share one of keys, the result is
+   laid out as (1, H, tokens, D) again.
 """
 
 __all__ = ["fuse_attention"]
@@ -46,11 +48,11 @@ def _fuse(graph: ir.Graph, softmax: ir.Node, heads: int) -> None:
     scores = _producer(softmax, 0, "MatMul")
     transposed = _producer(scores, 1, "Transpose")
     weighted = _consumer(softmax, "MatMul")
-    swap = _consumer(weighted, "Transpose")
-    flatten = _consumer(swap, "Reshape")
+    replaced = _find_flattening(weighted)
+    last = replaced[0]
     sources = (scores.inputs[0], transposed.inputs[0], weighted.inputs[1])
-    inputs = [_flat(graph, source, flatten) for source in sources]
-    result = flatten.outputs[0]
+    inputs = [_flat(graph, source, last) for source in sources]
+    result = last.outputs[0]
     fused = ir.Node(
         CONTRIB,
         "MultiHeadAttention",
@@ -58,10 +60,22 @@ def _fuse(graph: ir.Graph, softmax: ir.Node, heads: int) -> None:
         [ir.AttrInt64("num_heads", heads), ir.AttrFloat32("scale", 1.0)],
         outputs=[ir.Value(name=f"{result.name}_fused", shape=result.shape, type=result.type)],
     )
-    graph.insert_before(flatten, fused)
+    graph.insert_before(last, fused)
+    given = fused.outputs[0]
+    if last is weighted:
+        given.shape = None
+        given = _by_heads(graph, given, result, last)
     for node, position in list(result.uses()):
-        node.replace_input_with(position, fused.outputs[0])
-    graph.remove([flatten, swap, weighted, softmax, scores, transposed], safe=True)
+        node.replace_input_with(position, given)
+    graph.remove([*replaced, softmax, scores, transposed], safe=True)
+
+
+def _find_flattening(weighted: ir.Node) -> list[ir.Node]:
+    """The nodes back to (1, tokens, H*D), the last first, and the product before them."""
+    following = weighted.outputs[0].consumers()
+    if [node.op_type for node in following] != ["Transpose"]:
+        return [weighted]
+    return [_consumer(following[0], "Reshape"), following[0], weighted]
 
 
 def _flat(graph: ir.Graph, value: ir.Value | None, before: ir.Node) -> ir.Value:
@@ -69,22 +83,43 @@ def _flat(graph: ir.Graph, value: ir.Value | None, before: ir.Node) -> ir.Value:
     assert value is not None
     assert value.shape is not None
     width = int(value.shape[1]) * int(value.shape[3])  # type: ignore[arg-type]
-    shape = ir.Value(
-        name=f"{value.name}_flat_shape",
-        const_value=ir.tensor(np.array([1, -1, width], np.int64), name=f"{value.name}_flat_shape"),
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape([3]),
-    )
-    if shape.name not in graph.initializers:
-        graph.register_initializer(shape)
+    shape = _shape(graph, f"{value.name}_flat_shape", [1, -1, width])
     swapped = ir.Value(name=f"{value.name}_{before.name}_swapped", type=value.type)
     flat = ir.Value(name=f"{value.name}_{before.name}_flat", type=value.type)
     nodes = [
         ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", [0, 2, 1, 3])], outputs=[swapped]),
-        ir.Node("", "Reshape", [swapped, graph.initializers[shape.name or ""]], outputs=[flat]),
+        ir.Node("", "Reshape", [swapped, shape], outputs=[flat]),
     ]
     graph.insert_before(before, nodes)
     return flat
+
+
+def _by_heads(graph: ir.Graph, flat: ir.Value, like: ir.Value, before: ir.Node) -> ir.Value:
+    """Turn (1, n, H*D) into (1, H, n, D), the shape of `like`."""
+    assert like.shape is not None
+    heads, size = int(like.shape[1]), int(like.shape[3])  # type: ignore[arg-type]
+    shape = _shape(graph, f"{like.name}_heads_shape", [1, -1, heads, size])
+    split = ir.Value(name=f"{like.name}_split", type=like.type)
+    result = ir.Value(name=f"{like.name}_by_heads", shape=like.shape, type=like.type)
+    nodes = [
+        ir.Node("", "Reshape", [flat, shape], outputs=[split]),
+        ir.Node("", "Transpose", [split], [ir.AttrInt64s("perm", [0, 2, 1, 3])], outputs=[result]),
+    ]
+    graph.insert_before(before, nodes)
+    return result
+
+
+def _shape(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:
+    """A constant shape for a Reshape."""
+    if name not in graph.initializers:
+        shape = ir.Value(
+            name=name,
+            const_value=ir.tensor(np.array(sizes, np.int64), name=name),
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([len(sizes)]),
+        )
+        graph.register_initializer(shape)
+    return graph.initializers[name]
 
 
 def _producer(node: ir.Node, position: int, op_type: str) -> ir.Node:

@@ -1,0 +1,146 @@
+"""Reads a MAGI-1 checkpoint in its official layout: one JSON file, and a folder of weights.
+
+Neighbours: `checkpoint` has the types and the checks; `magi_components` makes graphs of what comes
+back. Nothing is read here but the configuration and headers.
+
+Source: SandAI-org/MAGI-1 6ff822e, inference/common/config.py and inference/infra/checkpoint.
+"""
+
+__all__ = ["ACCEPTED_LAYOUT", "load_magi_checkpoint"]
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mc_engines.errors import CheckpointError
+from mc_engines.published import MAGI
+from mc_export.checkpoint import Checkpoint, Part, read_json
+from mc_export.tensor_source import SafetensorsSource
+
+ACCEPTED_LAYOUT = (
+    "config.json (a file of SandAI-org/MAGI-1's example folder, under this name) and beside it "
+    "inference_weight/, or inference_weight.distill/ for a distilled model, with *.safetensors "
+    "(from the folder of the same model in sand-ai/MAGI-1 on the Hugging Face hub)"
+)
+
+CHUNK_FRAMES = 6
+_MODEL_KEYS = next(iter(MAGI.values())).transformer.keys() - {"distill"}
+_RUNTIME_KEYS = (
+    *("cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales"),
+    *("noise2clean_kvrange", "clean_chunk_kvrange", "clean_t", "num_steps", "window_size"),
+    *("num_frames", "video_size_h", "video_size_w", "fps", "chunk_width"),
+    "temporal_downsample_factor",
+)
+_ENGINE_KEYS = "fp8_quant", "distill", "distill_nearly_clean_chunk_threshold", "shortcut_mode"
+_SECTIONS = {
+    "model_config": tuple(sorted(_MODEL_KEYS)),
+    "runtime_config": _RUNTIME_KEYS,
+    "engine_config": _ENGINE_KEYS,
+}
+_FROM_EXAMPLE = "Take config.json from where the weights come from."
+
+
+def load_magi_checkpoint(path: Path) -> Checkpoint:
+    """Open a MAGI-1 checkpoint without reading its weights.
+
+    Args:
+        path: Its folder; see `ACCEPTED_LAYOUT`.
+
+    Returns:
+        The transformer alone. Its config is the official `model_config` and `distill`; `scheduler`
+        has the rest of the configuration that decides what is computed. Paths in the configuration
+        are not followed.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; the model is quantised, or another; what the
+            configuration says does not fit together.
+        MissingExtraError: safetensors is not installed.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        got = "a folder without config.json" if path.is_dir() else "no folder"
+        raise CheckpointError(f"{path}: expected {ACCEPTED_LAYOUT}, got {got}.")
+    model, runtime, engine = _read_sections(file)
+    _check_run(file, runtime, engine)
+    return Checkpoint(
+        path=path,
+        transformer=Part(
+            model | {"distill": engine["distill"]},
+            SafetensorsSource(_find_weights(path, engine["distill"])),
+        ),
+        text_encoder=None,
+        vae=None,
+        tokenizer=None,
+        scheduler=runtime | engine,
+        family="magi",
+    )
+
+
+def _read_sections(file: Path) -> list[dict[str, Any]]:
+    """The keys that are needed, of each section of the configuration."""
+    config = read_json(file)
+    for section, keys in _SECTIONS.items():
+        values = config.get(section, {})
+        if missing := [key for key in keys if key not in values]:
+            raise CheckpointError(
+                f"{file}: expected {section} with {', '.join(missing)}, got none of that name. "
+                f"{_FROM_EXAMPLE} Another family has another --model."
+            )
+    return [{key: config[section][key] for key in keys} for section, keys in _SECTIONS.items()]
+
+
+def _check_run(file: Path, runtime: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
+    """Refuse settings that the model was not trained for, or that contradict each other."""
+    if engine["fp8_quant"]:
+        raise CheckpointError(
+            f"{file}: expected weights of 16 or 32 bits, got fp8_quant true. "
+            "Use the checkpoint of the same model that is not quantised."
+        )
+    passes, kind = (1, "distilled") if engine["distill"] else (3, "base")
+    if runtime["cfg_number"] != passes:
+        raise CheckpointError(
+            f"{file}: expected cfg_number {passes} of a {kind} model, got {runtime['cfg_number']}. "
+            f"{_FROM_EXAMPLE}"
+        )
+    if runtime["chunk_width"] != CHUNK_FRAMES:
+        raise CheckpointError(
+            f"{file}: expected chunk_width {CHUNK_FRAMES}, which the model was trained with, got "
+            f"{runtime['chunk_width']}. {_FROM_EXAMPLE}"
+        )
+    steps, ranges = runtime["num_steps"], runtime["noise2clean_kvrange"]
+    for key, parts in (
+        ("window_size", runtime["window_size"]),
+        ("noise2clean_kvrange", len(ranges) or 1),
+    ):
+        if parts < 1 or steps % parts:
+            raise CheckpointError(
+                f"{file}: expected num_steps that {key} cuts into equal stages, got {steps} steps "
+                f"and {parts} stages. {_FROM_EXAMPLE}"
+            )
+    lengths = {len(runtime[key]) for key in ("cfg_t_range", "prev_chunk_scales", "text_scales")}
+    if len(lengths) > 1:
+        raise CheckpointError(
+            f"{file}: expected cfg_t_range, prev_chunk_scales and text_scales of one length, got "
+            f"{' and '.join(map(str, sorted(lengths)))}. {_FROM_EXAMPLE}"
+        )
+
+
+def _find_weights(path: Path, distilled: bool) -> Path:
+    """The folder of the weights, after a look at what else it could be."""
+    name = "inference_weight.distill" if distilled else "inference_weight"
+    folder = path / name
+    if not folder.is_dir():
+        others = sorted(found.name for found in path.glob("inference_weight*"))
+        raise CheckpointError(
+            f"{folder}: expected the weights that config.json with distill {distilled} asks for, "
+            f"got {', '.join(others) or 'no such folder'}. Check that they belong together; "
+            "quantised weights (.fp8) are not read."
+        )
+    if packed := [
+        file for file in sorted(folder.glob("*.zst")) if not file.with_suffix("").exists()
+    ]:
+        raise CheckpointError(
+            f"{packed[0]}: expected unpacked weights, got {len(packed)} packed with zstd. "
+            f"Run: zstd -d {folder}/*.zst"
+        )
+    return folder
