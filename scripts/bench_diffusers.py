@@ -27,8 +27,8 @@ from mc_export.checkpoint import load_checkpoint
 from mc_export.export_bundle import export_bundle
 from mc_export.skyreels import Block
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, vanilla_work
-from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import Video, VideoPipeline
+from mc_runtime.options import GenerationOptions, Video
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.transformer import KeyCache, map_visible
 
 THREADS = 2
@@ -223,7 +223,9 @@ def block_inputs(
         "cross_v": text[1],
         "k_cache": cache.keys[0],
         "v_cache": cache.values[0],
-        "kv_map": map_visible(cache.slots, chunk * tokens, np.arange(tokens), tokens),
+        "kv_map": map_visible(
+            cache.slots, chunk * tokens + np.arange(tokens), np.arange((chunk + 1) * tokens)
+        ),
     }
 
 

@@ -33,7 +33,8 @@ from bench_diffusers import (
 from mc_export.checkpoint import load_checkpoint
 from mc_export.export_bundle import export_bundle
 from mc_runtime.flops import ModelFlops, count_work
-from mc_runtime.pipeline import Video, VideoPipeline
+from mc_runtime.options import Video
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.transformer import KeyCache
 from motioncache import Mode, Policy, make_policy
 

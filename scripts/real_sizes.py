@@ -119,7 +119,6 @@ def run_chunk(transformer: object, layers: int, chunk: int, tokens: int, share: 
     """Time one pass of the first layers over a share of a chunk's tokens."""
     from dataclasses import replace
 
-    from mc_runtime.rope import rope_tables
     from mc_runtime.transformer import KeyCache, Transformer
 
     assert isinstance(transformer, Transformer)
@@ -131,9 +130,7 @@ def run_chunk(transformer: object, layers: int, chunk: int, tokens: int, share: 
         for name in ("cross_k", "cross_v")
     }
     grid = (LATENT_HW[0] // 2, LATENT_HW[1] // 2)
-    angles = rope_tables(
-        CHUNK_FRAMES, *grid, config.rope_axes, config.rope_theta, 1024, chunk * CHUNK_FRAMES
-    )
+    angles = config.rope.tables(CHUNK_FRAMES, *grid, first_frame=chunk * CHUNK_FRAMES)
     x = rng.standard_normal((1, tokens, config.dim), np.float32)
     rows = np.arange(0, tokens, round(1 / share))
     modulation = rng.standard_normal((1, 6, config.dim), np.float32) * np.float32(0.1)

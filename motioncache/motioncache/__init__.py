@@ -3,6 +3,7 @@
 __all__ = [
     "DecisionTrace",
     "DistanceTable",
+    "InputDistance",
     "Mode",
     "Plan",
     "Policy",
@@ -15,7 +16,7 @@ __all__ = [
     "replay",
 ]
 
-from motioncache.distance import DistanceTable
+from motioncache.distance import DistanceTable, InputDistance
 from motioncache.policy import Plan, Policy, RunShape, Scope, none
 from motioncache.presets import Preset, choose_policy, make_policy
 from motioncache.replay import replay

@@ -10,6 +10,7 @@ __all__ = ["DistanceTable", "InputDistance", "rescale"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,44 +69,43 @@ class DistanceTable:
 
 @dataclass(frozen=True)
 class InputDistance:
-    """Change of a chunk's embedded latents from one step to the next.
+    """Change of a chunk's embedded latents from one step to the next; measured when asked for.
 
     Attributes:
-        change: Of each token, mean |now - before| over the channels, shape (L,).
-        scale: Of each token, mean |before|, shape (L,).
+        now: Embedded tokens, shape (1, L, C).
+        before: Those of the step before.
+
+    Example:
+        >>> before = np.array([[[1.0, 3.0], [0.0, 4.0]]], np.float32)
+        >>> distance = InputDistance(before + 1, before)
+        >>> distance.chunk, distance.tokens.tolist()
+        (0.5, [0.5, 0.5])
     """
 
-    change: NDArray[np.float32]
-    scale: NDArray[np.float32]
+    now: NDArray[np.float32]
+    before: NDArray[np.float32]
 
-    @classmethod
-    def measure(cls, now: NDArray[np.float32], before: NDArray[np.float32]) -> "InputDistance":
-        """Compare embedded tokens with those of the step before.
-
-        Args:
-            now: shape (1, L, C).
-            before: shape (1, L, C).
-
-        Returns:
-            The change of each token.
-
-        Example:
-            >>> before = np.array([[[1.0, 3.0], [0.0, 4.0]]], np.float32)
-            >>> distance = InputDistance.measure(before + 1, before)
-            >>> distance.chunk, distance.tokens.tolist()
-            (0.5, [0.5, 0.5])
-        """
-        return cls(np.abs(now - before).mean(axis=2)[0], np.abs(before).mean(axis=2)[0])
-
-    @property
+    @cached_property
     def chunk(self) -> float:
         """Relative change of the whole chunk: mean |now - before| / (mean |before| + 1e-8)."""
-        return float(self.change.mean() / (self.scale.mean() + EPSILON))
+        return float(self._change.mean() / (self._scale.mean() + EPSILON))
 
-    @property
+    @cached_property
     def tokens(self) -> NDArray[np.float32]:
         """Relative change of each token for itself, shape (L,)."""
-        return self.change / (self.scale + np.float32(EPSILON))
+        relative: NDArray[np.float32] = self._change / (self._scale + np.float32(EPSILON))
+        return relative
+
+    @cached_property
+    def _change(self) -> NDArray[np.float32]:
+        """Of each token, over the channels."""
+        change: NDArray[np.float32] = np.abs(self.now - self.before).mean(axis=2)[0]
+        return change
+
+    @cached_property
+    def _scale(self) -> NDArray[np.float32]:
+        scale: NDArray[np.float32] = np.abs(self.before).mean(axis=2)[0]
+        return scale
 
 
 def rescale(coefficients: Sequence[float], distance: float, clamp: bool) -> float:

@@ -172,10 +172,10 @@ def plan_step(
     coming = replace(state, step=step + 1)
     wants_motion = step + 1 >= config.coarse_end
     if _is_last(config, state):
-        chosen = state.recompute
         if magi_switches(config.compat).force_last_step or step < config.coarse_end:
-            chosen = np.ones(shape.tokens, np.bool_)
-        return Plan(chosen, wants_motion=wants_motion), replace(coming, recompute=chosen)
+            return Plan.full(shape.tokens, wants_motion), coming
+        nothing = np.full(shape.tokens, np.nan, np.float32)  # was compared, token by token
+        return Plan(state.recompute, accumulated=nothing, wants_motion=wants_motion), coming
     if step <= config.warmup_steps:
         return Plan.full(shape.tokens, wants_motion), coming
     if step < config.coarse_end:
@@ -231,8 +231,9 @@ def _cap(
         return reuse
     if most == 0:
         return np.zeros_like(reuse)
-    limit = np.partition(accumulated[reuse], most - 1)[most - 1]
-    return reuse & (accumulated <= limit)
+    least = np.partition(accumulated[reuse], most - 1)[most - 1]
+    kept: NDArray[np.bool_] = reuse & (accumulated <= least)
+    return kept
 
 
 def observe(

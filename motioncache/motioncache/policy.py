@@ -110,8 +110,9 @@ class Policy:
     Attributes:
         name: As the command line knows it.
         init_state: From the shape of a run and a scope to the state before its first step.
-        plan_step: From a state and the distance of the coming step (relative change of the
-            modulation, before any rescaling) to the plan and the state after it.
+        plan_step: From a state and the distance of the coming step to the plan and the state after
+            it. On SkyReels-V2 the distance is the relative change of the modulation, before any
+            rescaling; on MAGI-1 it is an `InputDistance`, None in a chunk's first step.
         observe: From a state and the motion that the step shows, shape (F, P), to the state with
             new weights. Called only where the plan wants it.
         weights: The motion weights in a state, shape (L,); None where it has none.
@@ -132,7 +133,7 @@ class Policy:
 
     name: str
     init_state: Callable[[RunShape, Scope], Any]
-    plan_step: Callable[[Any, float], tuple[Plan, Any]]
+    plan_step: Callable[[Any, Any], tuple[Plan, Any]]
     observe: Callable[[Any, NDArray[np.float32]], Any] = _see_nothing
     weights: Callable[[Any], NDArray[np.float32] | None] = _no_weights
     check: Callable[[RunShape], None] = _fits_any

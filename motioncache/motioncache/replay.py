@@ -7,10 +7,12 @@ __all__ = ["replay"]
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from motioncache.config import MagiSwitches
 from motioncache.policy import Plan, Policy, RunShape, Scope
 from motioncache.trace import DecisionTrace
 
@@ -32,12 +34,14 @@ def replay(trace: DecisionTrace) -> Policy:
     Returns:
         The policy; its `check` refuses a run of another shape.
     """
+    switches = trace.run.get("switches")
     return Policy(
         "replay",
         partial(_init_state, trace),
         _plan_step,
         check=partial(_check, trace),
         clean_pass=bool(trace.run["clean_pass"]),
+        switches=None if switches is None else MagiSwitches(**switches),
     )
 
 
@@ -46,7 +50,7 @@ def _init_state(trace: DecisionTrace, shape: RunShape, scope: Scope) -> _Tape:
     return _Tape(masks[masks[:, 0] >= 0] == 1)
 
 
-def _plan_step(tape: _Tape, distance: float) -> tuple[Plan, _Tape]:
+def _plan_step(tape: _Tape, distance: Any) -> tuple[Plan, _Tape]:
     return Plan(tape.masks[tape.step]), _Tape(tape.masks, tape.step + 1)
 
 
@@ -62,9 +66,7 @@ def _check(trace: DecisionTrace, shape: RunShape) -> None:
             f"trace: expected {_describe(size)}, got {_describe(trace.recompute.shape)}. "
             "Replay it with the size, length, steps and guidance of its own run."
         )
-    if (trace.recompute[:, :, :, 0] >= 0).tolist() != np.repeat(
-        shape.active[:, None], shape.branches, axis=1
-    ).tolist():
+    if not np.array_equal(trace.recompute[:, 0, :, 0] >= 0, shape.active):
         raise ValueError(
             "trace: expected chunks to take their steps in the rows of this run, got others. "
             "Replay it with the ar_step and the windows of its own run; one that was interrupted "

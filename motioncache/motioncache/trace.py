@@ -38,6 +38,11 @@ class Mode(IntEnum):
     FULL = 2
     CLEAN = 3
 
+    @classmethod
+    def of(cls, recomputed: int, tokens: int) -> "Mode":
+        """Name a step that recomputes some of a chunk's tokens."""
+        return cls.FULL if recomputed == tokens else cls.PARTIAL if recomputed else cls.REUSE
+
 
 @dataclass(frozen=True)
 class DecisionTrace:
@@ -108,6 +113,7 @@ class DecisionTrace:
         frames: int,
         clean_pass: bool,
         window_start: tuple[int, ...] = (0,),
+        switches: Mapping[str, bool] | None = None,
     ) -> "DecisionTrace":
         """Make a trace of decisions that come from elsewhere, to replay them.
 
@@ -116,6 +122,7 @@ class DecisionTrace:
             frames: Latent frames F of a chunk.
             clean_pass: Whether finished chunks are evaluated at timestep 0.
             window_start: First row of each window.
+            switches: Where the run departs from the family's own way, by name.
 
         Returns:
             The trace, without distances and times.
@@ -133,7 +140,7 @@ class DecisionTrace:
         positions = recompute.shape[3] // frames
         steps = int(active[slice(*window_start[:2])].sum(axis=0).max())
         shape = RunShape(active, window_start, recompute.shape[1], frames, positions, steps)
-        trace = cls.empty(shape, {"clean_pass": clean_pass})
+        trace = cls.empty(shape, {"clean_pass": clean_pass, "switches": switches})
         trace.recompute[:] = recompute
         count = (recompute == 1).sum(axis=3)
         trace.mode[:] = np.select(

@@ -3,5 +3,5 @@
 __all__ = ["Chunk", "GenerationOptions", "Progress", "Video", "VideoPipeline"]
 
 from mc_runtime.generation import Progress
-from mc_runtime.options import Chunk, GenerationOptions
-from mc_runtime.pipeline import Video, VideoPipeline
+from mc_runtime.options import Chunk, GenerationOptions, Video
+from mc_runtime.pipeline import VideoPipeline

@@ -31,7 +31,8 @@ from mc_engines.runner import Array, Arrays, Runner
 from mc_engines.specs import GraphSpec
 from mc_runtime.distances import measure_distances
 from mc_runtime.generation import Progress
-from mc_runtime.pipeline import Video, VideoPipeline
+from mc_runtime.options import Video
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.run_plan import RunPlan
 from motioncache import none
 

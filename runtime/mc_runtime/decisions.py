@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motioncache import DecisionTrace, DistanceTable, Plan, Policy, RunShape, Scope
+from motioncache import DecisionTrace, DistanceTable, InputDistance, Plan, Policy, RunShape, Scope
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Decisions:
 
     Attributes:
         policy: Decides.
-        table: Distances of the run's steps.
+        table: Distances of the run's steps; None where they are measured as it goes.
         shape: Of the run.
         trace: Of the run; every decision is written into it.
         window: Number of the window in the run.
@@ -34,7 +34,7 @@ class Decisions:
     """
 
     policy: Policy
-    table: DistanceTable
+    table: DistanceTable | None
     shape: RunShape
     trace: DecisionTrace
     window: int
@@ -42,21 +42,30 @@ class Decisions:
     states: dict[int | None, Any] = field(default_factory=dict)
     row_plan: tuple[int, Plan] | None = None
 
-    def plan(self, row: int, chunk: int, steps: Mapping[int, int]) -> Plan:
+    def plan(
+        self,
+        row: int,
+        chunk: int,
+        steps: Mapping[int, int],
+        measured: InputDistance | None = None,
+    ) -> Plan:
         """Decide on the coming step of a chunk.
 
         Args:
             row: Of the run.
             chunk: Of the window.
             steps: The step of every chunk that is active in this row, from 0.
+            measured: The distance of the step, where there is no table.
 
         Returns:
             The plan. A chunk's first step is computed in full: it has no residual.
         """
         at = row, self.branch, chunk
         with self._timed(at):
-            if self.policy.scope == "window":
-                plan = self._plan_row(row, steps)
+            if self.table is None:
+                plan = self._step(chunk, measured)
+            elif self.policy.scope == "window":
+                plan = self._plan_row(row, steps, self.table)
             else:
                 plan = self._step(chunk, self.table.of_step(steps[chunk]))
             if steps[chunk] == 0:
@@ -68,6 +77,11 @@ class Decisions:
         self.trace.accumulated[at] = accumulated.min(), accumulated.mean(), accumulated.max()
         return plan
 
+    def repeat(self, row: int, chunk: int, branch: int) -> None:
+        """Write down that another branch computes the same tokens."""
+        for record in (self.trace.recompute, self.trace.distance, self.trace.accumulated):
+            record[row, branch, chunk] = record[row, self.branch, chunk]
+
     def observe(self, row: int, chunk: int, motion: NDArray[np.float32]) -> None:
         """Show the policy the motion (F, P) of a step's output, and write its weights down."""
         at = row, self.branch, chunk
@@ -77,13 +91,13 @@ class Decisions:
         if weights is not None:
             self.trace.weights[at] = weights
 
-    def _plan_row(self, row: int, steps: Mapping[int, int]) -> Plan:
+    def _plan_row(self, row: int, steps: Mapping[int, int], table: DistanceTable) -> Plan:
         """Decide once for all chunks of a row."""
         if self.row_plan is None or self.row_plan[0] != row:
-            self.row_plan = row, self._step(None, self.table.of_row(list(steps.values())))
+            self.row_plan = row, self._step(None, table.of_row(list(steps.values())))
         return self.row_plan[1]
 
-    def _step(self, chunk: int | None, distance: float) -> Plan:
+    def _step(self, chunk: int | None, distance: float | InputDistance | None) -> Plan:
         if chunk not in self.states:
             scope = Scope(self.window, self.branch, chunk)
             self.states[chunk] = self.policy.init_state(self.shape, scope)

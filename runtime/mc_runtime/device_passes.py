@@ -32,7 +32,8 @@ from mc_engines.run_sizes import WindowShape, plan_run_sizes
 from mc_engines.runner import Array, Runner
 from mc_engines.timed_runner import Clock
 from mc_runtime.device_room import MEMORY_REMEDY, Room, open_room
-from mc_runtime.passes import Angles, Reading
+from mc_runtime.passes import WINDOW, Reading, View
+from mc_runtime.rope import Tables
 from mc_runtime.transformer import (
     Conditions,
     TransformerConfig,
@@ -132,12 +133,14 @@ class DevicePasses:
         layers = range(self.config.layers)
         return [context.run(text, self.device.load_weights("context", layer)) for layer in layers]
 
-    def open_branch(self, context: Contexts, angles: Sequence[Angles]) -> DeviceBranch:
-        """Open a branch; see `Passes.open_branch`."""
+    def open_branch(
+        self, context: Contexts, angles: Sequence[Tables], capacity: int | None = None
+    ) -> DeviceBranch:
+        """Open a branch; see `Passes.open_branch`. It has room for all chunks."""
         with self._use():
             self.device.unbind()
             slots = sum(len(cos) for cos, _ in angles)
-            shape = 1, self.config.heads, slots, self.config.head_dim
+            shape = 1, self.config.key_heads, slots, self.config.head_dim
             used = {branch.keys[0].shape for branch in self.branches} | {shape}
             self.device.close_contexts("block", lambda shapes: shapes.get("k_cache") not in used)
             dtype = self.device.engines["block"].spec("k_cache").numpy_dtype
@@ -195,12 +198,34 @@ class DevicePasses:
             branch.residuals[chunk] = outputs["new_residual"]
             return outputs["out"]
 
-    def write_keys(
-        self, branch: DeviceBranch, chunk: int, x: DeviceArray, modulation: Array
-    ) -> None:
-        """Run the blocks for the keys alone; see `Passes.write_keys`."""
+    def recompute(
+        self,
+        branch: DeviceBranch,
+        chunk: int,
+        x: DeviceArray,
+        rows: NDArray[np.intp],
+        modulation: Array,
+        view: View = WINDOW,
+    ) -> DeviceArray:
+        """Run the blocks for some tokens; see `Passes.recompute`. A view of less is not there yet.
+
+        Returns:
+            Block output, with copies of the last row up to the bucket.
+        """
+        assert view is WINDOW, "families with other views are refused before anything is computed"
         with self._use():
-            self._recompute(branch, chunk, x, np.arange(x.shape[1]), modulation)
+            return self._recompute(branch, chunk, x, rows, modulation)
+
+    def copy_keys(self, source: DeviceBranch, target: DeviceBranch, chunk: int) -> None:
+        """Give a branch the keys that another one has; see `Passes.copy_keys`."""
+        with self._use():
+            tokens = source.angles[chunk][0].shape[0]
+            numbers = np.arange(chunk * tokens, (chunk + 1) * tokens, dtype=np.int32)
+            slots = self.device.transfers.upload(numbers, self._room(tokens)["slots"])
+            theirs, ours = (*source.keys, *source.values), (*target.keys, *target.values)
+            move = partial(self.device.mover.move, self.device.stream, count=tokens)
+            for array, place in zip(theirs, ours, strict=True):
+                move(array, place, sources=slots, targets=slots)
 
     def _recompute(
         self,
@@ -219,7 +244,8 @@ class DevicePasses:
         padded = pad_rows(rows, self.bucket(count, tokens))
         slots = np.full(len(padded), _PADDING, np.int32)
         slots[:count] = chunk * tokens + rows
-        visible = map_visible(branch.keys[0].shape[2], chunk * tokens, rows, tokens)
+        seen, renewed = np.arange((chunk + 1) * tokens), chunk * tokens + rows
+        visible = map_visible(branch.keys[0].shape[2], renewed, seen)
         upload = self.device.transfers.upload
         upload(padded.astype(np.int32), room["rows"])
         upload(slots, room["slots"])
@@ -254,7 +280,7 @@ class DevicePasses:
             move(table, tables[name], sources=rows)
         ys = [room[name].reshape(1, size, config.dim) for name in ("y0", "y1")]
         move(x, ys[0], sources=rows)
-        shape = 1, config.heads, size, config.head_dim
+        shape = 1, config.key_heads, size, config.head_dim
         new = {name: room[name].reshape(*shape) for name in ("k_new", "v_new")}
         fixed = {
             **tables,

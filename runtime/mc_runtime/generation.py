@@ -1,11 +1,11 @@
 """One generation: windows one after the other, chunks decoded as they are finished.
 
-Neighbours: `VideoPipeline.generate` checks the inputs and calls `generate_chunks`; `plan_run`
-cuts the video, `denoise_window` denoises a window, `VaeDecoder` decodes. Windows hand over
+Neighbours: `VideoPipeline.generate` checks the inputs and calls `generate_chunks`; the family's
+plan cuts the video, `denoise_window` denoises a window, `VaeDecoder` decodes. Windows hand over
 latents, never pixels.
 """
 
-__all__ = ["Generation", "Inputs", "Progress", "generate_chunks"]
+__all__ = ["Generation", "Progress", "generate_chunks"]
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.errors import EngineError
-from mc_runtime.denoise import Request, Window, denoise_window
-from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.denoise import Window, denoise_window
+from mc_runtime.families.family import Family
+from mc_runtime.inputs import Inputs
+from mc_runtime.options import Chunk
 from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
-from mc_runtime.sampler import sampler_table
 from mc_runtime.schedule import Window as WindowPlan
 from mc_runtime.vae import VaeDecoder, VaeState, to_uint8
-from motioncache import DecisionTrace, DistanceTable, Policy
+from motioncache import DecisionTrace, Policy
 
-CLEAN_TIMESTEP = 0
 Latents = NDArray[np.float32]
 
 
@@ -46,25 +46,6 @@ class Progress:
     chunk: int
     chunks: int
     elapsed: float
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors and settings of a generation; all of them are checked.
-
-    Attributes:
-        embeddings: Of the prompt, and of the negative prompt with guidance, each (1, T, text_dim).
-        noise: Latent frame i of the video starts from noise[:, i]; shape (c, frames, h, w).
-        prefix: Latents that the video begins with, shape (c, n, h, w); n may be 0.
-        options: Accepted by `validate_options`.
-        bundle: Identity of the model, for the trace.
-    """
-
-    embeddings: tuple[NDArray[np.float32], ...]
-    noise: Latents
-    prefix: Latents
-    options: GenerationOptions
-    bundle: str
 
 
 class _Output:
@@ -113,6 +94,7 @@ class Generation(Iterator[Chunk]):
 
 
 def generate_chunks(
+    family: Family,
     inputs: Inputs,
     plan: RunPlan,
     passes: Passes,
@@ -123,6 +105,7 @@ def generate_chunks(
     """Denoise every window of the video.
 
     Args:
+        family: Of the model.
         inputs: Tensors and settings.
         plan: Of the run.
         passes: Of the transformer.
@@ -135,7 +118,7 @@ def generate_chunks(
         video. Its iterator raises EngineError where an engine fails or computes NaN.
     """
     trace = DecisionTrace.empty(plan.shape, _describe(inputs, plan, policy))
-    chunks = _generate(inputs, plan, passes, decoder, policy, callback, trace)
+    chunks = _generate(family, inputs, plan, passes, decoder, policy, callback, trace)
     return Generation(trace, chunks)
 
 
@@ -148,6 +131,7 @@ def _describe(inputs: Inputs, plan: RunPlan, policy: Policy) -> dict[str, Any]:
             "config": None if policy.config is None else asdict(policy.config),
         },
         "clean_pass": policy.clean_pass,
+        "switches": None if policy.switches is None else asdict(policy.switches),
         "bundle": inputs.bundle,
         "grid": list(plan.token_grid),
         "steps": plan.shape.steps,
@@ -158,6 +142,7 @@ def _describe(inputs: Inputs, plan: RunPlan, policy: Policy) -> dict[str, Any]:
 
 
 def _generate(
+    family: Family,
     inputs: Inputs,
     plan: RunPlan,
     passes: Passes,
@@ -166,27 +151,23 @@ def _generate(
     callback: Callable[[Progress], None],
     trace: DecisionTrace,
 ) -> Iterator[Chunk]:
-    size = inputs.options.causal_block_size
+    size = plan.shape.frames
     output = _Output(sum(len(_new_frames(window, size)) for window in plan.windows), decoder)
     video = inputs.noise.copy()  # what is not denoised yet is noise
     given = plan.windows[0].prefix
     video[:, :given] = inputs.prefix[:, :given]
     for first in range(0, given, size):
         yield output.emit(video[:, first : first + size].copy(), {})
-    request = _request(inputs, plan, passes, policy, trace)
-    histories: list[dict[int, NDArray[np.float32]]] = [{} for _ in inputs.embeddings]
+    run = family.start(inputs, plan, passes, policy)
     for number, cut in enumerate(plan.windows):
-        if policy.reset_history:
-            histories = [{} for _ in inputs.embeddings]
-        first_chunk = output.done - cut.prefix // size
         window = Window(
-            request,
             _initial_latents(inputs, video, cut),
-            _show_prefix(inputs, video, number, cut),
+            cut.prefix,
             plan.matrices[number],
-            first_chunk,
+            plan.shape,
+            trace,
             number,
-            histories,
+            output.done - cut.prefix // size,
         )
 
         def after_row(row: int, before: int = plan.shape.window_start[number]) -> None:
@@ -195,12 +176,13 @@ def _generate(
             callback(Progress(done, rows, output.done, output.count, elapsed))
 
         new = _new_frames(cut, size)
-        for finished in denoise_window(window, after_row):
+        steps = run.open_window(window, cut)
+        for finished in denoise_window(window, steps, after_row):
             frames = new.get(finished.chunk)
             if frames is not None:
                 video[:, frames] = finished.latents[:, -(frames.stop - frames.start) :]
                 yield output.emit(video[:, frames].copy(), finished.computed)
-        del window  # its keys and activations make room for those of the next
+        del window, steps  # its keys and activations make room for those of the next
 
 
 def _new_frames(cut: WindowPlan, size: int) -> dict[int, slice]:
@@ -213,45 +195,8 @@ def _new_frames(cut: WindowPlan, size: int) -> dict[int, slice]:
     return new
 
 
-def _request(
-    inputs: Inputs,
-    plan: RunPlan,
-    passes: Passes,
-    policy: Policy,
-    trace: DecisionTrace,
-) -> Request:
-    """What all windows share; the prompt's keys and the modulation are computed here, once."""
-    options = inputs.options
-    table = sampler_table(
-        options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
-    )
-    timesteps = np.append(table.timesteps, [CLEAN_TIMESTEP, options.addnoise_condition])
-    conditions = passes.encode_timesteps(timesteps, options.fps)
-    return Request(
-        passes,
-        policy,
-        [passes.encode_context(embedding) for embedding in inputs.embeddings],
-        options.guidance_scale,
-        table,
-        conditions,
-        options.causal_block_size,
-        DistanceTable.from_modulation(conditions.modulation[: len(table.timesteps)]),
-        plan.shape,
-        trace,
-    )
-
-
 def _initial_latents(inputs: Inputs, video: Latents, cut: WindowPlan) -> Latents:
     """The prefix of a window, from the video, and its noise."""
     latents = inputs.noise[:, cut.first : cut.first + cut.frames].copy()
     latents[:, : cut.prefix] = video[:, cut.first : cut.first + cut.prefix]
     return latents
-
-
-def _show_prefix(inputs: Inputs, video: Latents, number: int, cut: WindowPlan) -> Latents:
-    """The prefix of a window as the model sees it: with noise, drawn once per window."""
-    prefix = video[:, cut.first : cut.first + cut.prefix]
-    share = np.float32(0.001 * inputs.options.addnoise_condition)
-    drawn = np.random.default_rng([inputs.options.seed, number + 1])
-    noise = drawn.standard_normal(prefix.shape, np.float32)
-    return (1 - share) * prefix + share * noise

@@ -3,10 +3,11 @@
 Neighbours: `VideoPipeline.generate` calls these before anything is computed.
 """
 
-__all__ = ["check_array", "check_policy", "pick_texts"]
+__all__ = ["Inputs", "NamedText", "Prompt", "check_array", "check_policy", "pick_texts"]
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,29 @@ from numpy.typing import NDArray
 from motioncache import Policy, RunShape
 
 Embedding = NDArray[np.float32]
+Prompt: TypeAlias = tuple[str | None, Embedding | None]  # one of both
+NamedText: TypeAlias = tuple[str, str | Embedding]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors and settings of a generation; all of them are checked.
+
+    Attributes:
+        embeddings: Of the family's prompts, and its tables behind them, each (1, T, text_dim).
+        noise: Latent frame i of the video starts from noise[:, i]; shape (c, frames, h, w).
+        prefix: Latents that the video begins with, shape (c, n, h, w); n may be 0.
+        options: Of the family, accepted by it.
+        config: Of the bundle's manifest.
+        bundle: Identity of the model, for the trace.
+    """
+
+    embeddings: tuple[Embedding, ...]
+    noise: NDArray[np.float32]
+    prefix: NDArray[np.float32]
+    options: Any
+    config: Mapping[str, Any]
+    bundle: str
 
 
 def check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
@@ -36,10 +60,10 @@ def check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -
 
 
 def pick_texts(
-    positive: tuple[str | None, Embedding | None],
-    negative: tuple[str | None, Embedding | None],
+    positive: Prompt,
+    negative: Prompt,
     branches: int,
-) -> list[tuple[str, str | Embedding]]:
+) -> list[NamedText]:
     """Choose the text or embedding of each branch, under its name.
 
     Args:
@@ -59,7 +83,7 @@ def pick_texts(
     return [_pick(name, *values) for name, values in given[:branches]]
 
 
-def _pick(name: str, text: str | None, embedding: Embedding | None) -> tuple[str, str | Embedding]:
+def _pick(name: str, text: str | None, embedding: Embedding | None) -> NamedText:
     """The one of both that is given."""
     given = [value for value in (text, embedding) if value is not None]
     if len(given) != 1:

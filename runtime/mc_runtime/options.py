@@ -3,13 +3,15 @@
 The defaults of every option live here alone; the command lines read them from the fields.
 """
 
-__all__ = ["Chunk", "FirstSample", "GenerationOptions", "SigmaTable"]
+__all__ = ["Chunk", "FirstSample", "GenerationOptions", "SigmaTable", "Video"]
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from motioncache import DecisionTrace
 
 SigmaTable = Literal["diffusers", "skyreels"]
 FirstSample = Literal["aliased", "copied"]
@@ -77,3 +79,18 @@ class Chunk:
     seconds: float
     decode_seconds: float
     computed: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Video:
+    """All chunks of a video, put together.
+
+    Attributes:
+        latents: shape (16, frames, h, w).
+        frames: Pixels, shape (num_frames, height, width, 3), uint8; None without a VAE.
+        trace: What the policy decided.
+    """
+
+    latents: NDArray[np.float32]
+    frames: NDArray[np.uint8] | None
+    trace: DecisionTrace

@@ -7,7 +7,7 @@ residuals) belongs to a branch, which lives where the engines run; the loop only
 Axes: L tokens of a chunk, K recomputed tokens, P tokens of a frame, C channels, D head size.
 """
 
-__all__ = ["Angles", "HostBranch", "HostPasses", "Passes", "Reading"]
+__all__ = ["WINDOW", "HostBranch", "HostPasses", "Passes", "Reading", "View"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +16,28 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_engines.runner import Array, Arrays
+from mc_engines.runner import Array, Arrays, Runner
 from mc_engines.timed_runner import Clock
+from mc_runtime.rope import Tables
 from mc_runtime.transformer import Conditions, KeyCache, Transformer, TransformerConfig
 
-Angles: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
 Values: TypeAlias = Any  # an array of the host or of a GPU
+
+
+@dataclass(frozen=True)
+class View:
+    """What the tokens of a pass see, themselves apart.
+
+    Attributes:
+        chunks: Whose keys, in the order of time; None for those of their own chunk and all before.
+        context: Of `encode_context`; None for the branch's.
+    """
+
+    chunks: Sequence[int] | None = None
+    context: Any = None
+
+
+WINDOW = View()
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,17 @@ class Passes(Protocol):
 
     Attributes:
         config: Sizes.
+        timestep: Computes the modulation, on the host whatever runs the blocks.
     """
 
     @property
     def config(self) -> TransformerConfig:
         """Sizes."""
+        ...
+
+    @property
+    def timestep(self) -> Runner:
+        """Computes the modulation, on the host whatever runs the blocks."""
         ...
 
     def timed(self, clock: Clock) -> "Passes":
@@ -69,12 +91,15 @@ class Passes(Protocol):
         """Compute the keys and values of a prompt, shape (1, T, text_dim), once per prompt."""
         ...
 
-    def open_branch(self, context: Any, angles: Sequence[Angles]) -> Any:
+    def open_branch(
+        self, context: Any, angles: Sequence[Tables], capacity: int | None = None
+    ) -> Any:
         """Open what a guidance branch remembers within a window.
 
         Args:
             context: Of `encode_context`.
-            angles: cos and sin of every token of each chunk, each (L, D/2).
+            angles: cos and sin of every token of each chunk, each (L, pairs).
+            capacity: Chunks whose keys are kept at once, of consecutive ones; None for all.
 
         Returns:
             The branch.
@@ -102,18 +127,46 @@ class Passes(Protocol):
         """
         ...
 
-    def write_keys(self, branch: Any, chunk: int, x: Values, modulation: Array) -> None:
-        """Run the blocks for every token of a chunk for the sake of its keys alone."""
+    def recompute(
+        self,
+        branch: Any,
+        chunk: int,
+        x: Values,
+        rows: NDArray[np.intp],
+        modulation: Array,
+        view: View = WINDOW,
+    ) -> Values:
+        """Run the blocks for some tokens of a chunk, and keep their keys.
+
+        Args:
+            branch: Whose keys are read, and written for these tokens.
+            chunk: Position in the window.
+            x: Of `embed`.
+            rows: The tokens, ascending, shape (K,), at least one.
+            modulation: Of the chunk's timestep, one row of `Conditions.modulation`.
+            view: What they see.
+
+        Returns:
+            Block output of these tokens, shape (1, K, C).
+        """
+        ...
+
+    def copy_keys(self, source: Any, target: Any, chunk: int) -> None:
+        """Give a branch the keys and values of a chunk that another one has."""
         ...
 
     def read(
-        self, out: Values, head_modulation: Array, motion_frames: int = 0, previous: Values = None
+        self,
+        out: Values,
+        head_modulation: Array,
+        motion_frames: int = 0,
+        previous: Values = None,
     ) -> Reading:
         """Compute what the host wants of a pass.
 
         Args:
-            out: Of `evaluate`.
-            head_modulation: Of the chunk's timestep, shape (1, C).
+            out: Of `evaluate` or `recompute`.
+            head_modulation: Of the chunk's timestep, shape (1, C), where the head is told.
             motion_frames: Frames of the chunk, to have its motion measured as well; 0 for not.
             previous: `last_frame` of the chunk before; None where there is none.
 
@@ -135,13 +188,21 @@ class HostBranch:
         context: Keys and values of the prompt by layer.
         angles: By chunk.
         cache: Keys and values of the window.
+        capacity: Chunks that the cache has room for.
         residuals: By chunk, block output minus input of every token, each as last computed.
     """
 
     context: Sequence[Arrays]
-    angles: Sequence[Angles]
+    angles: Sequence[Tables]
     cache: KeyCache
+    capacity: int
     residuals: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+
+    def slots(self, *chunks: int) -> NDArray[np.intp]:
+        """Slots of the tokens of some chunks, one chunk after the other."""
+        tokens = self.cache.slots // self.capacity
+        firsts = np.array([chunk % self.capacity * tokens for chunk in chunks])
+        return (firsts[:, None] + np.arange(tokens)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -159,6 +220,11 @@ class HostPasses:
         """Sizes."""
         return self.transformer.config
 
+    @property
+    def timestep(self) -> Runner:
+        """Of the modulation."""
+        return self.transformer.runners["timestep"]
+
     def timed(self, clock: Clock) -> "HostPasses":
         """Return the same transformer, whose time in engines is added to a clock."""
         return replace(self, transformer=self.transformer.timed(clock))
@@ -175,10 +241,13 @@ class HostPasses:
         """Compute the keys and values of a prompt; see `Transformer.encode_context`."""
         return self.transformer.encode_context(embedding)
 
-    def open_branch(self, context: Sequence[Arrays], angles: Sequence[Angles]) -> HostBranch:
+    def open_branch(
+        self, context: Sequence[Arrays], angles: Sequence[Tables], capacity: int | None = None
+    ) -> HostBranch:
         """Open a branch; see `Passes.open_branch`."""
-        slots = sum(len(cos) for cos, _ in angles)
-        return HostBranch(context, angles, KeyCache(self.config, slots))
+        room = len(angles) if capacity is None else capacity
+        cache = KeyCache(self.config, room * len(angles[0][0]))
+        return HostBranch(context, angles, cache, room)
 
     def embed(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed a chunk's patches; see `Passes.embed`."""
@@ -194,35 +263,45 @@ class HostPasses:
     ) -> NDArray[np.float32]:
         """Compute the block output of a chunk; see `Passes.evaluate`."""
         if len(rows) == x.shape[1]:
-            out = self._recompute(branch, chunk, x, rows, modulation)
+            out = self.recompute(branch, chunk, x, rows, modulation)
             branch.residuals[chunk] = out - x
             return out
         residual = branch.residuals[chunk]
         out = x + residual
         if len(rows):
-            y = self._recompute(branch, chunk, x, rows, modulation)
+            y = self.recompute(branch, chunk, x, rows, modulation)
             out[:, rows] = y
             residual[:, rows] = y - x[:, rows]
         return out
 
-    def write_keys(
-        self, branch: HostBranch, chunk: int, x: NDArray[np.float32], modulation: Array
-    ) -> None:
-        """Run the blocks for the keys alone; see `Passes.write_keys`."""
-        self._recompute(branch, chunk, x, np.arange(x.shape[1]), modulation)
-
-    def _recompute(
+    def recompute(
         self,
         branch: HostBranch,
         chunk: int,
         x: NDArray[np.float32],
         rows: NDArray[np.intp],
         modulation: Array,
+        view: View = WINDOW,
     ) -> NDArray[np.float32]:
-        first = chunk * x.shape[1]
+        """Run the blocks for some tokens; see `Passes.recompute`."""
+        seen = range(chunk + 1) if view.chunks is None else view.chunks
         return self.transformer.recompute(
-            x, rows, modulation, branch.angles[chunk], branch.context, branch.cache, first
+            x,
+            rows,
+            modulation,
+            branch.angles[chunk],
+            branch.context if view.context is None else view.context,
+            branch.cache,
+            int(branch.slots(chunk)[0]),
+            branch.slots(*seen),
         )
+
+    def copy_keys(self, source: HostBranch, target: HostBranch, chunk: int) -> None:
+        """Give a branch the keys that another one has; see `Passes.copy_keys`."""
+        taken, given = source.slots(chunk), target.slots(chunk)
+        for layer in range(self.config.layers):
+            keys, values = source.cache.keys[layer], source.cache.values[layer]
+            target.cache.write(layer, given, keys[:, :, taken], values[:, :, taken])
 
     def read(
         self,

@@ -4,12 +4,12 @@ The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `Vae
 `mc_runtime.video` writes the frames.
 """
 
-__all__ = ["Video", "VideoPipeline"]
+__all__ = ["VideoPipeline"]
 
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,40 +26,25 @@ from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Arrays, Runner
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
-from mc_runtime.generation import Generation, Inputs, Progress, generate_chunks
-from mc_runtime.inputs import check_array, check_policy, pick_texts
+from mc_runtime.families.registry import FAMILIES
+from mc_runtime.generation import Generation, Progress, generate_chunks
+from mc_runtime.inputs import Inputs, check_array, check_policy
 from mc_runtime.opened_once import opened_once
-from mc_runtime.options import GenerationOptions
+from mc_runtime.options import Video
 from mc_runtime.passes import HostPasses, Passes
-from mc_runtime.run_plan import RunPlan, plan_run
-from mc_runtime.schedule import LatentGrid, validate_options
+from mc_runtime.run_plan import RunPlan
+from mc_runtime.schedule import LatentGrid
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
 from mc_runtime.transformer import Transformer, TransformerConfig, open_transformer
 from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
 from motioncache import DecisionTrace, Policy, choose_policy, replay
 
-FAMILY = "skyreels"
 IMAGE_REFUSED = (
     "image: expected none, got one. One frame is one latent frame and does not fill a chunk: "
     "pass a clip of at least 17 frames as video."
 )
 Embedding = NDArray[np.float32]
 Latents = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Video:
-    """All chunks of a video, put together.
-
-    Attributes:
-        latents: shape (16, frames, h, w).
-        frames: Pixels, shape (num_frames, height, width, 3), uint8; None without a VAE.
-        trace: What the policy decided.
-    """
-
-    latents: Latents
-    frames: NDArray[np.uint8] | None
-    trace: DecisionTrace
 
 
 class VideoPipeline:
@@ -69,16 +54,18 @@ class VideoPipeline:
         bundle: What was opened.
         threads: Threads of one operator; None lets ONNX Runtime take every physical core.
         provider: What ONNX Runtime runs graphs on.
+        family: Of the model.
     """
 
     def __init__(
         self, bundle: Bundle, threads: int | None = None, provider: Provider = "cpu"
     ) -> None:
-        if bundle.manifest.family != FAMILY:
+        if bundle.manifest.family not in FAMILIES:
             raise ValueError(
-                f"{bundle.path}: expected a bundle of the family {FAMILY}, "
+                f"{bundle.path}: expected a bundle of the family {' or '.join(FAMILIES)}, "
                 f"got {bundle.manifest.family}. Export a SkyReels-V2 checkpoint."
             )
+        self.family = FAMILIES[bundle.manifest.family]
         self.bundle = bundle
         self.threads = threads
         self.provider = provider
@@ -192,21 +179,16 @@ class VideoPipeline:
 
     @property
     def grid(self) -> LatentGrid:
-        """Pixels per latent and latents per token; Wan's factors where there is no VAE."""
-        patch_size = tuple(self.bundle.manifest.config["transformer"]["patch_size"])
-        vae = self.bundle.manifest.config.get("vae")
-        if vae is None:
-            return LatentGrid(patch_size=patch_size)
-        return LatentGrid(vae["temporal_factor"], vae["spatial_factor"], patch_size)
+        """Pixels per latent and latents per token."""
+        return self.family.grid(self.bundle.manifest.config)
 
     @property
-    def default_options(self) -> GenerationOptions:
+    def default_options(self) -> Any:
         """The defaults, at the size of video that the model was trained for where that is known."""
-        video = self.bundle.manifest.config.get("video", {})
-        return GenerationOptions(**{name: video[name] for name in ("height", "width") if video})
+        return self.family.defaults(self.bundle.manifest.config)
 
-    def plan(self, options: GenerationOptions, prefix_latent_frames: int = 0) -> RunPlan:
-        """Lay out a run on this model; see `plan_run`.
+    def plan(self, options: Any, prefix_latent_frames: int = 0) -> RunPlan:
+        """Lay out a run on this model.
 
         Args:
             options: Of the run.
@@ -218,8 +200,8 @@ class VideoPipeline:
         Raises:
             ValueError: A setting that cannot be generated.
         """
-        validate_options(options, prefix_latent_frames, self.grid)
-        return plan_run(options, prefix_latent_frames, self.grid)
+        config = self.bundle.manifest.config
+        return self.family.plan(options, prefix_latent_frames, self.grid, config)
 
     def generate(
         self,
@@ -235,7 +217,7 @@ class VideoPipeline:
         decode: bool = True,
         callback: Callable[[Progress], None] = lambda _: None,
         note: Callable[[str], None] = warnings.warn,
-        options: GenerationOptions | None = None,
+        options: Any = None,
         **settings: Any,
     ) -> Generation:
         """Generate a video and yield each chunk as soon as it is clean.
@@ -255,7 +237,7 @@ class VideoPipeline:
             callback: Called after every row of the schedule; an exception it raises ends the run.
             note: Called with what the caller should know, such as that the prompt was cut.
             options: Settings; `default_options` if None.
-            **settings: Single fields of `GenerationOptions`, over those of `options`.
+            **settings: Single fields of the options, over those of `options`.
 
         Returns:
             An iterator of chunks, which also has the trace of what the policy decided.
@@ -274,11 +256,13 @@ class VideoPipeline:
         decoder = self.decoder if decode else None
         noise = self._noise(latents, chosen)
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
-        picked = pick_texts(*texts, plan.shape.branches)
-        embeddings = tuple(self.embed_text(*pair, note) for pair in picked)
+        embeddings = [self.embed_text(*pair, note) for pair in self.family.prompts(*texts, plan)]
+        embeddings += [self._read_table(name) for name in self.family.tables]
         first = self._encode_prefix(video, chosen)
-        inputs = Inputs(embeddings, noise, first, chosen, self.bundle.model_hash)
-        return generate_chunks(inputs, plan, self.passes, decoder, chosen_policy, callback)
+        model = self.bundle.manifest.config, self.bundle.model_hash
+        inputs = Inputs(tuple(embeddings), noise, first, chosen, *model)
+        run = inputs, plan, self.passes, decoder, chosen_policy, callback
+        return generate_chunks(self.family, *run)
 
     def run(self, prompt: str | None = None, **arguments: Any) -> Video:
         """Generate a whole video.
@@ -329,7 +313,7 @@ class VideoPipeline:
             )
         return replay(policy)
 
-    def _count_prefix(self, video: NDArray[np.uint8] | None, options: GenerationOptions) -> int:
+    def _count_prefix(self, video: NDArray[np.uint8] | None, options: Any) -> int:
         """Latent frames that the frames to continue will be, once they are encoded."""
         if video is None:
             return 0
@@ -339,33 +323,38 @@ class VideoPipeline:
                 f"video: expected uint8 (n, {', '.join(map(str, expected))}), "
                 f"got {video.dtype} {video.shape}. Resize the frames."
             )
-        return self.grid.latent_frames(min(len(video), options.overlap_history))
+        return self.grid.latent_frames(self.family.continued(len(video), options))
 
-    def _encode_prefix(
-        self, video: NDArray[np.uint8] | None, options: GenerationOptions
-    ) -> Latents:
+    def _encode_prefix(self, video: NDArray[np.uint8] | None, options: Any) -> Latents:
         """Latents of the frames to continue; of none without a video."""
         if video is None:
             return np.zeros(self._latent_shape(0, options), np.float32)
-        return self.encoder.encode(video[-options.overlap_history :])
+        return self.encoder.encode(video[-self.family.continued(len(video), options) :])
 
-    def _latent_shape(self, frames: int, options: GenerationOptions) -> tuple[int, ...]:
+    def _latent_shape(self, frames: int, options: Any) -> tuple[int, ...]:
         channels = self.bundle.manifest.config["transformer"]["in_channels"]
         factor = self.grid.spatial_factor
         return channels, frames, options.height // factor, options.width // factor
 
-    def draw_noise(self, options: GenerationOptions) -> Latents:
+    def draw_noise(self, options: Any) -> Latents:
         """Draw the initial latents of a whole video from its seed, shape (16, frames, h, w)."""
         shape = self._latent_shape(self.grid.latent_frames(options.num_frames), options)
         return np.random.default_rng(options.seed).standard_normal(shape, np.float32)
 
-    def _noise(self, latents: Latents | None, options: GenerationOptions) -> Latents:
+    def _noise(self, latents: Latents | None, options: Any) -> Latents:
         """Initial latents of the whole video, given or drawn."""
         if latents is None:
             return self.draw_noise(options)
         frames = self.grid.latent_frames(options.num_frames)
         check_array("latents", latents, self._latent_shape(frames, options))
         return latents
+
+    def _read_table(self, name: str) -> Embedding:
+        """A table of embeddings that the family wants, shape (1, T, text_dim); T may be 0."""
+        file = f"weights/{name}.safetensors"
+        if file not in self.bundle.manifest.files:
+            return np.zeros((1, 0, self.bundle.manifest.config["transformer"]["text_dim"]), "f4")
+        return self.bundle.map_tensors(file)["embedding"][None].astype(np.float32)
 
     def embed_text(
         self, name: str, text: str | Embedding, note: Callable[[str], None]

@@ -63,9 +63,7 @@ def plan_run(
         np.pad(matrix.update, ((0, 0), (0, chunks - matrix.update.shape[1]))) for matrix in matrices
     ]
     starts = np.cumsum([0, *(len(rows) for rows in active[:-1])])
-    _, down, across = grid.patch_size
-    height = options.height // grid.spatial_factor // down
-    width = options.width // grid.spatial_factor // across
+    height, width = grid.tokens(options.height, options.width)
     branches = 2 if options.guidance_scale > 1 else 1
     shape = RunShape(
         np.concatenate(active), tuple(starts.tolist()), branches, size, height * width, steps

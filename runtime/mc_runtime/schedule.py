@@ -10,6 +10,7 @@ __all__ = [
     "StepMatrix",
     "Window",
     "check_frames",
+    "check_multiple",
     "plan_windows",
     "step_matrix",
     "validate_options",
@@ -51,22 +52,29 @@ class LatentGrid:
     """How many pixels a latent, and how many latents a token, stands for.
 
     Attributes:
-        temporal_factor: Frames per latent frame; the first latent frame is a single frame.
+        temporal_factor: Frames per latent frame.
         spatial_factor: Pixels per latent along height and width.
         patch_size: Latents per token along time, height and width.
+        first_frames: Frames of the first latent frame, which a causal VAE makes of a single one.
     """
 
     temporal_factor: int = 4
     spatial_factor: int = 8
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    first_frames: int = 1
 
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames that the VAE makes of `num_frames` frames; an incomplete one is dropped."""
-        return (num_frames - 1) // self.temporal_factor + 1
+        return (num_frames - self.first_frames) // self.temporal_factor + 1
+
+    def tokens(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens along height and width of a frame of so many pixels."""
+        _, down, across = self.patch_size
+        return height // self.spatial_factor // down, width // self.spatial_factor // across
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Frames that the VAE makes of `latent_frames` latent frames."""
-        return (latent_frames - 1) * self.temporal_factor + 1
+        return (latent_frames - 1) * self.temporal_factor + self.first_frames
 
 
 WAN_GRID = LatentGrid()
@@ -230,8 +238,8 @@ def validate_options(
         ValueError: A setting that cannot be generated; the message names the nearest that can.
     """
     _check_values(options)
-    _check_size("height", options.height, grid.spatial_factor * grid.patch_size[1])
-    _check_size("width", options.width, grid.spatial_factor * grid.patch_size[2])
+    check_multiple("height", options.height, grid.spatial_factor * grid.patch_size[1])
+    check_multiple("width", options.width, grid.spatial_factor * grid.patch_size[2])
     _check_steps(options)
     _check_base(options, grid)
     _check_overlap(options, grid)
@@ -313,13 +321,18 @@ def _check_overlap(options: GenerationOptions, grid: LatentGrid) -> None:
     )
 
 
-def _check_size(name: str, got: int, unit: int) -> None:
-    """Hold a side of the frame to whole tokens.
+def check_multiple(name: str, got: int, unit: int) -> None:
+    """Hold a size to whole units.
+
+    Args:
+        name: Of the size, for the message.
+        got: The size.
+        unit: What it has to be a multiple of.
 
     Raises:
         ValueError: With the nearest sizes below and above.
     """
-    if got % unit:
+    if got % unit or not got:
         below = got - got % unit
         choices = f"{below} or {below + unit}" if below else f"{unit}"
         raise ValueError(f"{name}: expected a multiple of {unit}, got {got}. Use {choices}.")

@@ -35,6 +35,7 @@ from mc_engines.onnxruntime_runner import (
 )
 from mc_engines.runner import Array, Arrays, Runner
 from mc_engines.timed_runner import Clock, TimedRunner
+from mc_runtime.rope import Rope, Tables, read_rope
 
 FPS_WITH_ID_0 = 16  # every other frame rate has id 1 (SkyReels-V2, diffusion_forcing_pipeline.py)
 
@@ -46,41 +47,38 @@ class TransformerConfig:
     Attributes:
         layers: Blocks.
         dim: Channels C.
-        heads: Attention heads H.
+        heads: Attention heads.
+        key_heads: Heads H of keys and values, each shared by as many attention heads.
         head_dim: D.
         text_dim: Channels of the text embedding.
         in_channels: Channels of the latents.
         out_channels: Channels of the velocity.
         patch_size: Latents per token along time, height and width.
         fps_embedding: Whether the model is told the frame rate.
-        rope_theta: Base of the rotary frequencies.
-        rope_axes: Head dimensions of time, height and width.
-        rope_max_positions: Positions that the model knows on each axis.
+        rope: How it is told positions.
         token_buckets: Shares of a chunk's tokens that engines are built for, ascending.
     """
 
     layers: int
     dim: int
     heads: int
+    key_heads: int
     head_dim: int
     text_dim: int
     in_channels: int
     out_channels: int
     patch_size: tuple[int, int, int]
     fps_embedding: bool
-    rope_theta: float
-    rope_axes: tuple[int, int, int]
-    rope_max_positions: int
+    rope: Rope
     token_buckets: tuple[float, ...]
 
     @classmethod
     def from_manifest(cls, config: Mapping[str, Any]) -> "TransformerConfig":
         """Read the manifest's `config.transformer`; fields that a run does not need are ignored."""
-        values = {name: config[name] for name in cls.__dataclass_fields__}
-        tuples = {
-            name: tuple(config[name]) for name in ("patch_size", "rope_axes", "token_buckets")
-        }
-        return cls(**(values | tuples))
+        usual = {"key_heads": config["heads"], "fps_embedding": False, "rope": read_rope(config)}
+        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        tuples = {name: tuple(config[name]) for name in ("patch_size", "token_buckets")}
+        return cls(**(usual | known | tuples))
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Conditions:
 
     Attributes:
         modulation: Of the blocks, shape (n, 6, C).
-        head_modulation: Of the head, shape (n, C).
+        head_modulation: Of the head, shape (n, C); (n, 0) where it is not told.
     """
 
     modulation: NDArray[np.float32]
@@ -110,7 +108,7 @@ class KeyCache:
     """
 
     def __init__(self, config: TransformerConfig, slots: int) -> None:
-        shape = (1, config.heads, slots, config.head_dim)
+        shape = (1, config.key_heads, slots, config.head_dim)
         self.slots = slots
         self.keys = [np.zeros(shape, np.float32) for _ in range(config.layers)]
         self.values = [np.zeros(shape, np.float32) for _ in range(config.layers)]
@@ -181,10 +179,11 @@ class Transformer:
         x: NDArray[np.float32],
         rows: NDArray[np.intp],
         modulation: NDArray[np.float32],
-        angles: tuple[NDArray[np.float32], NDArray[np.float32]],
+        angles: Tables,
         context: Sequence[Arrays],
         cache: KeyCache,
         first: int,
+        visible: NDArray[np.intp] | None = None,
     ) -> NDArray[np.float32]:
         """Run all blocks for some tokens of a chunk and put their keys into the cache.
 
@@ -194,11 +193,13 @@ class Transformer:
         Args:
             x: All embedded tokens of the chunk, shape (1, L, C).
             rows: The tokens to recompute, ascending, shape (K,).
-            modulation: Of the chunk's timestep, shape (1, 6, C).
-            angles: cos and sin of every token of the chunk, each (L, D/2).
+            modulation: Of the chunk's timestep, one row of `Conditions.modulation`.
+            angles: cos and sin of every token of the chunk, each (L, pairs).
             context: Per layer, from `encode_context`.
             cache: Keys of this branch; the rows of these tokens are overwritten.
             first: Slot of the chunk's first token.
+            visible: Slots of the keys that the tokens see, shape (M,); None for those up to the
+                chunk's last.
 
         Returns:
             The last block's output for these tokens, shape (1, K, C).
@@ -206,7 +207,8 @@ class Transformer:
         tokens, count = x.shape[1], len(rows)
         whole = count == tokens
         slots = slice(first, first + tokens) if whole else first + rows
-        kv_map = map_visible(cache.slots, first, rows, tokens)
+        seen = np.arange(first + tokens) if visible is None else visible
+        kv_map = map_visible(cache.slots, first + rows, seen)
         rows = pad_rows(rows, self.bucket(count, tokens))
         inputs: dict[str, Array] = {
             "frame_ids": np.zeros(len(rows), np.int32),
@@ -217,6 +219,7 @@ class Transformer:
         }
         scores = 4 * self.config.heads * len(rows) * len(kv_map)
         block = self.fused_block if scores > FUSED_ATTENTION_BYTES else self.runners["block"]
+        inputs = _pick(block, inputs)
         y = x if whole else x[:, rows]
         for layer in range(self.config.layers):
             cached = {"k_cache": cache.keys[layer], "v_cache": cache.values[layer]}
@@ -233,12 +236,13 @@ class Transformer:
         self, out: NDArray[np.float32], head_modulation: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Compute patches of velocity (1, L, ph*pw*c) from out (1, L, C), modulation (1, C)."""
-        inputs = {
+        head = self.runners["head"]
+        inputs: dict[str, Any] = {
             "out": out,
             "frame_ids": np.zeros(out.shape[1], np.int32),
             "head_modulation": head_modulation,
         }
-        return self.runners["head"].run(inputs)["patches"]
+        return head.run(_pick(head, inputs))["patches"]
 
     def motion(
         self, out: NDArray[np.float32], frames: int, previous: NDArray[np.float32] | None
@@ -262,21 +266,31 @@ class Transformer:
         return motion
 
 
-def map_visible(slots: int, first: int, rows: NDArray[np.intp], tokens: int) -> NDArray[np.int32]:
-    """Say where the keys that a chunk sees lie: its own and those before it.
+def _pick(runner: Runner, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of everything that a graph might be told, what this one takes."""
+    return {spec.name: inputs[spec.name] for spec in runner.graph.inputs if spec.name in inputs}
+
+
+def map_visible(
+    slots: int, renewed: NDArray[np.intp], visible: NDArray[np.intp]
+) -> NDArray[np.int32]:
+    """Say where the keys that a chunk sees lie.
 
     Args:
         slots: S of the cache.
-        first: Slot of the chunk's first token.
-        rows: The chunk's tokens that are recomputed, shape (K,).
-        tokens: L.
+        renewed: Slots of the tokens that are recomputed, shape (K,).
+        visible: Slots that are seen, shape (M,).
 
     Returns:
-        s for a key in slot s, S + j for that of recomputed token j; shape (first + L,).
+        s for a key in slot s, S + j for that of recomputed token j; shape (M,).
+
+    Example:
+        >>> map_visible(6, np.array([3, 5]), np.arange(2, 6)).tolist()
+        [2, 6, 4, 7]
     """
-    visible = np.arange(first + tokens, dtype=np.int32)
-    visible[first + rows] = slots + np.arange(len(rows), dtype=np.int32)
-    return visible
+    places = np.arange(slots, dtype=np.int32)
+    places[renewed] = slots + np.arange(len(renewed), dtype=np.int32)
+    return places[visible]
 
 
 def round_up_to_bucket(buckets: Sequence[float], recomputed: int, tokens: int) -> int:

@@ -1,7 +1,8 @@
 """Train the transformer and the text encoder of skyreels-mini by diffusion forcing.
 
 `python -m scripts.train_mini.transformer` resumes from its last checkpoint, and at each checkpoint
-writes the whole model (moving average, float16) in diffusers' layout.
+writes the whole model (float16) in diffusers' layout: the moving average, and in the end, when the
+rates have fallen to 0 and the average lags behind, the model itself.
 """
 
 __all__ = ["Mini", "build_mini"]
@@ -260,10 +261,11 @@ def train(steps: int, start: int = 0) -> None:
         losses[name] = losses.get(name, loss.item()) * 0.97 + loss.item() * 0.03
         if step % 20 == 0:
             log(step=step, **losses)
-        if time.monotonic() - saved > _SAVE_EVERY or step == steps - 1:
+        ended = step == steps - 1
+        if ended or time.monotonic() - saved > _SAVE_EVERY:
             saved = time.monotonic()
             save_training(_CHECKPOINT, step + 1, models, optimizers)
-            models["average"].save()
+            models["mini" if ended else "average"].save()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from tiny_checkpoint import make_tiny_checkpoint
 from mc_runtime.options import GenerationOptions
 from mc_runtime.patches import patchify, unpatchify
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.rope import rope_tables
 from mc_runtime.transformer import KeyCache
 
 CHUNK = 5
@@ -120,13 +119,7 @@ def forward(transformer, latents, embedding, timesteps, fps):
     cache = KeyCache(config, len(timesteps) * tokens)
     parts = []
     for chunk, part in enumerate(np.split(latents, len(timesteps), axis=1)):
-        angles = rope_tables(
-            *size,
-            config.rope_axes,
-            config.rope_theta,
-            config.rope_max_positions,
-            first_frame=chunk * CHUNK,
-        )
+        angles = config.rope.tables(*size, first_frame=chunk * CHUNK)
         row = slice(chunk, chunk + 1)
         out = transformer.recompute(
             transformer.embed(patchify(part, config.patch_size)),

@@ -37,8 +37,8 @@ def measured(family, distances):
     """The distances as the policies of a family are told them."""
     if family == "skyreels":
         return distances
-    ones = np.ones(SHAPE.tokens, np.float32)
-    return [InputDistance(np.float32(distance) * ones, ones) for distance in distances]
+    before = np.ones((1, SHAPE.tokens, 2), np.float32)
+    return [InputDistance(before + np.float32(distance), before) for distance in distances]
 
 
 def run(policy, distances, motions):

@@ -111,7 +111,7 @@ def test_flowcache_on_magi(inputs, threshold, warmup, fixed, chunk):
     state, found = policy.init_state(shape, Scope(0, 0, chunk)), []
     for step, now in enumerate(inputs):
         before = inputs[max(step - 1, 0)]
-        distance = InputDistance.measure(now[None], before[None])
+        distance = InputDistance(now[None], before[None])
         plan, state = policy.plan_step(state, distance)
         found.append(bool(plan.recompute[0]))
     # As published, the last step is computed in the last row of the run, so of the last chunk.

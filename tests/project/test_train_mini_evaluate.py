@@ -19,7 +19,6 @@ from scripts.train_mini.evaluate import motion, policies, prompts, records, scen
 
 from mc_export.fetch import PACKAGED
 from mc_runtime.patches import patchify, unpatchify
-from mc_runtime.rope import rope_tables
 from mc_runtime.sampler import sampler_table
 from mc_runtime.transformer import KeyCache
 from motioncache import DecisionTrace
@@ -92,7 +91,6 @@ def test_given_clips_are_noised_to_the_level_of_their_step(tiny, monkeypatch) ->
     context = tiny.transformer.encode_context(tiny.embed_text("prompt", "x", print))
     conditions = tiny.transformer.encode_timesteps(table.timesteps, 24)
     config = tiny.transformer.config
-    rope = config.rope_axes, config.rope_theta, config.rope_max_positions
     for step, (_, got) in zip((5, 6, 7), passes, strict=True):
         sigma = table.sigmas[step]
         x = (1 - sigma) * latents + sigma * noise
@@ -100,7 +98,7 @@ def test_given_clips_are_noised_to_the_level_of_their_step(tiny, monkeypatch) ->
             tiny.transformer.embed(patchify(x, config.patch_size)),
             np.arange(80),
             conditions.modulation[step : step + 1],
-            rope_tables(5, 4, 4, *rope),
+            config.rope.tables(5, 4, 4),
             context,
             KeyCache(config, 80),
             0,

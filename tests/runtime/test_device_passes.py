@@ -394,16 +394,16 @@ def name_no_new_keys(patch) -> None:
     patch(
         device_passes,
         "map_visible",
-        lambda slots, first, rows, tokens: np.arange(first + tokens, dtype=np.int32),
+        lambda slots, renewed, visible: visible.astype(np.int32),
     )
 
 
 def name_the_key_beside_it(patch) -> None:
     map_visible = device_passes.map_visible
 
-    def shift(slots, first, rows, tokens):
-        visible = map_visible(slots, first, rows, tokens)
-        return np.where(visible < slots, np.maximum(visible - 1, 0), visible)
+    def shift(slots, renewed, visible):
+        places = map_visible(slots, renewed, visible)
+        return np.where(places < slots, np.maximum(places - 1, 0), places)
 
     patch(device_passes, "map_visible", shift)
 

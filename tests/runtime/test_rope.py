@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Rota
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_runtime.rope import rope_tables
+from mc_runtime.rope import BandRope, PowerRope
 
 
 def axes_of(head_dim):
@@ -31,7 +31,7 @@ def diffusers_tables(frames, height, width, head_dim, theta):
 )
 def test_a_window_equals_diffusers(frames, height, width, head_dim, theta):
     expected = diffusers_tables(frames, height, width, head_dim, theta)
-    tables = rope_tables(frames, height, width, axes_of(head_dim), theta, 64)
+    tables = PowerRope(axes_of(head_dim), theta, 64).tables(frames, height, width)
     for table, oracle in zip(tables, expected, strict=True):
         assert table.dtype == np.float32
         assert table.shape == (frames * height * width, head_dim // 2)
@@ -40,8 +40,9 @@ def test_a_window_equals_diffusers(frames, height, width, head_dim, theta):
 
 @given(chunk=st.integers(0, 4))
 def test_a_chunk_is_its_rows_of_the_window(chunk):
-    window = rope_tables(25, 3, 4, axes_of(32), 10000.0, 64)
-    part = rope_tables(5, 3, 4, axes_of(32), 10000.0, 64, first_frame=5 * chunk)
+    rope = PowerRope(axes_of(32), 10000.0, 64)
+    window = rope.tables(25, 3, 4)
+    part = rope.tables(5, 3, 4, first_frame=5 * chunk)
     rows = slice(5 * chunk * 12, 5 * (chunk + 1) * 12)
     assert all(np.array_equal(p, w[rows]) for p, w in zip(part, window, strict=True))
 
@@ -52,8 +53,23 @@ def test_a_chunk_is_its_rows_of_the_window(chunk):
 )
 def test_positions_the_model_does_not_know_are_refused(size, axis, got):
     with pytest.raises(ValueError) as error:
-        rope_tables(*size, axes_of(32), 10000.0, 8, first_frame=5 if axis == "time" else 0)
+        rope = PowerRope(axes_of(32), 10000.0, 8)
+        rope.tables(*size, first_frame=5 if axis == "time" else 0)
     assert str(error.value) == (
         f"rotary positions along {axis}: expected at most 8, got {got}. "
         "Generate a smaller video or shorter windows."
     )
+
+
+def test_bands_are_those_of_the_published_formula():
+    """Facts of MAGI-1: 45 x 45 tokens are scaled by (45/r - 1)/44 = 0.3409 with r = 45/16."""
+    bands = 0.5, 2.0
+    cos, sin = BandRope(bands).tables(2, 45, 45, first_frame=6)
+    step = 15 / 44
+    assert step == pytest.approx(0.3409, abs=1e-4)
+    for frame, row, column in [(0, 0, 0), (1, 44, 22), (1, 3, 40)]:
+        at = 6 + frame, (row - 22) * step, (column - 22) * step
+        angles = np.array([place * band for place in at for band in bands])
+        token = (frame * 45 + row) * 45 + column
+        np.testing.assert_allclose(cos[token], np.cos(angles), atol=1e-6)
+        np.testing.assert_allclose(sin[token], np.sin(angles), atol=1e-6)

@@ -35,7 +35,6 @@ from mc_runtime.flops import ModelFlops
 from mc_runtime.options import GenerationOptions
 from mc_runtime.passes import Passes
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.rope import rope_tables
 from mc_runtime.text import encode_prompt
 
 SHARES = 1.0, 0.75, 0.5, 0.4, 0.25, 0.1
@@ -228,15 +227,7 @@ class _Window:
         shape = 1, self.length, patch
         self.patches = np.random.default_rng(1).standard_normal(shape, np.float32)
         angles = [
-            rope_tables(
-                frames,
-                *grid,
-                config.rope_axes,
-                config.rope_theta,
-                config.rope_max_positions,
-                first_frame=chunk * frames,
-            )
-            for chunk in range(chunks)
+            config.rope.tables(frames, *grid, first_frame=chunk * frames) for chunk in range(chunks)
         ]
         self.branch = passes.open_branch(passes.encode_context(embedding), angles)
         for chunk in range(chunks):

@@ -28,7 +28,6 @@ from mc_runtime import VideoPipeline
 from mc_runtime.fidelity import MOVING_LEVELS
 from mc_runtime.latent_motion import measure_latent_motion
 from mc_runtime.patches import patchify, unpatchify
-from mc_runtime.rope import rope_tables
 from mc_runtime.sampler import sampler_table
 from mc_runtime.transformer import KeyCache
 from motioncache import DecisionTrace, Plan, Policy
@@ -138,7 +137,6 @@ def _forced_passes(
     transformer, options = pipeline.transformer, pipeline.default_options
     plan = pipeline.plan(options)
     config, matrix, tokens = transformer.config, plan.matrices[0], plan.shape.tokens
-    rope = config.rope_axes, config.rope_theta, config.rope_max_positions
     table = sampler_table(
         options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
     )
@@ -152,7 +150,7 @@ def _forced_passes(
             frames, step = slice(chunk * CHUNK, (chunk + 1) * CHUNK), int(steps[chunk]) - 1
             sigma = table.sigmas[step]
             x = (1 - sigma) * latents[:, frames] + sigma * noise[:, frames]
-            angles = rope_tables(CHUNK, *plan.token_grid, *rope, first_frame=frames.start)
+            angles = config.rope.tables(CHUNK, *plan.token_grid, first_frame=frames.start)
             out = transformer.recompute(
                 transformer.embed(patchify(x, config.patch_size)),
                 np.arange(tokens),

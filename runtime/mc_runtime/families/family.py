@@ -1,0 +1,55 @@
+"""What a family of models is.
+
+Neighbours: `registry` has the families; `VideoPipeline` and `generate_chunks` ask them.
+"""
+
+__all__ = ["Family", "Prompts", "Run"]
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mc_runtime.denoise import Steps, Window
+from mc_runtime.inputs import Inputs, NamedText, Prompt
+from mc_runtime.passes import Passes
+from mc_runtime.run_plan import RunPlan
+from mc_runtime.schedule import LatentGrid
+from mc_runtime.schedule import Window as WindowPlan
+from motioncache import Policy
+
+Prompts = Callable[[Prompt, Prompt, RunPlan], Sequence[NamedText]]
+
+
+class Run(Protocol):
+    """A generation of a family: what its windows have in common."""
+
+    def open_window(self, window: Window, cut: WindowPlan) -> Steps:
+        """Begin a window: give the steps that are taken in it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models. `config` is always the manifest's.
+
+    Attributes:
+        name: As the manifest has it.
+        defaults: From a config to the options of a run, at the size of video that the model was
+            trained for where that is known. What fields they have is the family's.
+        grid: From a config to what a latent and a token stand for.
+        continued: From the frames of a given video and the options to how many are continued.
+        plan: From options, latent frames that are given, grid and config to the plan of the run;
+            refuses, with ValueError, what cannot be generated.
+        prompts: From prompt and negative prompt to the texts that are encoded, under their names.
+        tables: Of the bundle, that a run takes besides the texts.
+        start: Begins a run, with a policy that has accepted its shape.
+    """
+
+    name: str
+    defaults: Callable[[Mapping[str, Any]], Any]
+    grid: Callable[[Mapping[str, Any]], LatentGrid]
+    continued: Callable[[int, Any], int]
+    plan: Callable[[Any, int, LatentGrid, Mapping[str, Any]], RunPlan]
+    prompts: Prompts
+    start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
+    tables: tuple[str, ...] = ()

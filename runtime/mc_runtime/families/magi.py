@@ -1,0 +1,159 @@
+"""MAGI-1: its options, the plan of a run, and what a run computes once.
+
+Neighbours: `magi_schedule` has timesteps, key ranges and guidance, `magi_steps` takes the steps;
+`mc_runtime.generation` starts a run. The whole video is one window, whose keys are kept only as far
+back as anything sees.
+
+Source: SandAI-org/MAGI-1 6ff822e, inference/pipeline/video_generate.py.
+"""
+
+__all__ = [
+    "MagiOptions",
+    "count_continued",
+    "default_options",
+    "pick_prompts",
+    "plan",
+    "read_grid",
+    "start",
+]
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule, check_stages
+from mc_runtime.families.magi_steps import LONGEST, MagiRun, MagiTexts
+from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
+from mc_runtime.passes import Passes
+from mc_runtime.run_plan import RunPlan
+from mc_runtime.schedule import LatentGrid, Window, check_multiple, step_matrix
+from motioncache import Policy, RunShape
+
+_HIGH_QUALITY = 1  # row of the special tokens
+_DURATION = 6  # row before that of a single chunk left
+Embedding = NDArray[np.float32]
+
+
+def default_options(config: Mapping[str, Any]) -> MagiOptions:
+    """Take the defaults of a model; see `Family.defaults`."""
+    schedule = config["schedule"]
+    steps, fps = schedule["num_inference_steps"], schedule["fps"]
+    return MagiOptions(**config["video"], num_inference_steps=steps, fps=fps)
+
+
+def read_grid(config: Mapping[str, Any]) -> LatentGrid:
+    """Read what latents and tokens stand for; every latent frame is of as many frames."""
+    factor, patch = config["schedule"]["temporal_factor"], config["transformer"]["patch_size"]
+    return LatentGrid(temporal_factor=factor, patch_size=tuple(patch), first_frames=factor)
+
+
+def count_continued(frames: int, options: MagiOptions) -> int:
+    """Count the frames of a given video that are continued: all."""
+    return frames
+
+
+def pick_prompts(positive: Prompt, negative: Prompt, plan: RunPlan) -> Sequence[NamedText]:
+    """Choose the prompt.
+
+    Args:
+        positive: Of the run.
+        negative: None: these models are guided away from a caption of their own.
+        plan: Of the run.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: There is a negative prompt.
+    """
+    if any(value is not None for value in negative):
+        raise ValueError(
+            "negative_prompt: expected none, as MAGI-1 is guided away from its own null caption, "
+            "got one. Leave it out."
+        )
+    return pick_texts(positive, negative, 1)
+
+
+def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[str, Any]) -> RunPlan:
+    """Lay out the steps of a run's chunks.
+
+    Args:
+        options: Of the run.
+        prefix: Latent frames of a video that is continued.
+        grid: Of the model.
+        config: Of the manifest.
+
+    Returns:
+        The plan, of one window.
+
+    Raises:
+        ValueError: A setting that cannot be generated; the message names the nearest that can.
+    """
+    schedule = MagiSchedule.from_manifest(config, options)
+    check_stages(options.num_inference_steps, schedule.window_chunks)
+    chunk = grid.pixel_frames(schedule.chunk_frames)
+    check_multiple("num_frames", options.num_frames, chunk)
+    for side in ("height", "width"):
+        unit = grid.spatial_factor * grid.patch_size[1 if side == "height" else 2]
+        check_multiple(side, getattr(options, side), unit)
+    size, frames = schedule.chunk_frames, grid.latent_frames(options.num_frames)
+    if prefix % size or prefix >= frames:
+        raise ValueError(
+            f"video to continue: expected whole chunks of {chunk} frames, fewer than num_frames, "
+            f"got {grid.pixel_frames(prefix)}. Cut the video or raise num_frames."
+        )
+    steps = options.num_inference_steps
+    matrix = step_matrix(frames // size, steps, schedule.stage_steps, prefix // size)
+    height, width = grid.tokens(options.height, options.width)
+    branches = len(schedule.branches)
+    shape = RunShape(matrix.update, (0,), branches, size, height * width, steps)
+    return RunPlan((Window(0, frames, prefix, 0),), (matrix,), shape, (height, width))
+
+
+def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> MagiRun:
+    """Compute the keys of the texts and the modulation, once.
+
+    Args:
+        inputs: Tensors and settings; embeddings of the prompt, of the null caption and of the
+            special tokens.
+        plan: Of the run.
+        passes: Of the transformer.
+        policy: Has accepted the shape of the run.
+
+    Returns:
+        The run.
+    """
+    schedule = MagiSchedule.from_manifest(inputs.config, inputs.options)
+    chunks = plan.shape.active.shape[1]
+    prompt, null, special = inputs.embeddings
+    by_duration = [
+        passes.encode_context(_caption(prompt, special, left, schedule.max_text_tokens))
+        for left in range(1, min(chunks, LONGEST) + 1)
+    ]
+    return MagiRun(
+        passes,
+        policy,
+        schedule,
+        MagiTexts(passes.encode_context(null), by_duration),
+        [_modulate(passes, schedule, null_row) for null_row in (0, 1)],
+        chunks,
+    )
+
+
+def _caption(prompt: Embedding, special: Embedding, left: int, most: int) -> Embedding:
+    """The prompt behind the tokens that ask for quality and say how many chunks are left."""
+    numbers = [_DURATION + left, _HIGH_QUALITY] if special.shape[1] else []
+    return np.concatenate([special[:, numbers], prompt], axis=1)[:, :most]
+
+
+def _modulate(passes: Passes, schedule: MagiSchedule, null_row: int) -> NDArray[np.float32]:
+    """What the blocks are told of each step, and of the clean pass, with a row of the caption."""
+    timesteps = np.append(schedule.timesteps[:-1], np.float32(schedule.clean_timestep))
+    inputs = {"timesteps": timesteps, "null_row": np.full(len(timesteps), null_row)}
+    if schedule.distilled:
+        told = schedule.told_lengths
+        inputs["distill"] = np.append(told, told[0])  # the clean pass begins a stage
+    modulation: NDArray[np.float32] = passes.timestep.run(inputs)["modulation"]
+    return modulation

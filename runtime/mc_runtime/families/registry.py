@@ -1,0 +1,27 @@
+"""The families that can be run, by the name that a bundle's manifest has."""
+
+__all__ = ["FAMILIES"]
+
+from mc_runtime.families import magi, skyreels
+from mc_runtime.families.family import Family
+
+_SKYREELS = Family(
+    name="skyreels",
+    defaults=skyreels.default_options,
+    grid=skyreels.read_grid,
+    continued=skyreels.count_continued,
+    plan=skyreels.plan,
+    prompts=skyreels.pick_prompts,
+    start=skyreels.start,
+)
+_MAGI = Family(
+    name="magi",
+    defaults=magi.default_options,
+    grid=magi.read_grid,
+    continued=magi.count_continued,
+    plan=magi.plan,
+    prompts=magi.pick_prompts,
+    start=magi.start,
+    tables=("null_text", "special_tokens"),
+)
+FAMILIES = {family.name: family for family in (_SKYREELS, _MAGI)}

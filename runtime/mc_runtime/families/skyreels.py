@@ -1,0 +1,321 @@
+"""SkyReels-V2 and other chunk-causal Wan models: two branches, UniPC, residuals of the blocks.
+
+Neighbours: `mc_runtime.generation` starts a run of this family, `denoise_window` asks for its
+steps. A reused token keeps the residual of the block stack, branch by branch; the distance of a
+step is that of the modulation, known before the run.
+
+A finished chunk's clean pass at timestep 0 equals evaluating it again in every later row, as
+diffusers does, because nothing that it sees changes any more.
+"""
+
+__all__ = [
+    "SkyreelsRun",
+    "SkyreelsSteps",
+    "count_continued",
+    "default_options",
+    "pick_prompts",
+    "plan",
+    "read_grid",
+    "start",
+]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_runtime.decisions import Decisions
+from mc_runtime.denoise import Window
+from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
+from mc_runtime.latent_motion import measure_latent_motion
+from mc_runtime.options import GenerationOptions
+from mc_runtime.passes import Passes, Values
+from mc_runtime.patches import patchify, unpatchify
+from mc_runtime.run_plan import RunPlan, plan_run
+from mc_runtime.sampler import (
+    SamplerState,
+    SamplerTable,
+    init_sampler,
+    sampler_step,
+    sampler_table,
+)
+from mc_runtime.schedule import LatentGrid, validate_options
+from mc_runtime.schedule import Window as WindowPlan
+from mc_runtime.transformer import Conditions
+from motioncache import DistanceTable, Mode, Plan, Policy
+
+CLEAN_TIMESTEP = 0
+Latents = NDArray[np.float32]
+
+
+def default_options(config: Mapping[str, Any]) -> GenerationOptions:
+    """Take the defaults of a model; see `Family.defaults`."""
+    video = config.get("video", {})
+    return GenerationOptions(**{name: video[name] for name in ("height", "width") if video})
+
+
+def read_grid(config: Mapping[str, Any]) -> LatentGrid:
+    """Read what latents and tokens stand for: Wan's factors where there is no VAE."""
+    patch_size = tuple(config["transformer"]["patch_size"])
+    vae = config.get("vae")
+    if vae is None:
+        return LatentGrid(patch_size=patch_size)
+    return LatentGrid(vae["temporal_factor"], vae["spatial_factor"], patch_size)
+
+
+def count_continued(frames: int, options: GenerationOptions) -> int:
+    """Count the frames of a given video that are continued: as many as windows overlap."""
+    return min(frames, options.overlap_history)
+
+
+def plan(
+    options: GenerationOptions, prefix: int, grid: LatentGrid, config: Mapping[str, Any]
+) -> RunPlan:
+    """Lay out a run; see `Family.plan`."""
+    validate_options(options, prefix, grid)
+    return plan_run(options, prefix, grid)
+
+
+def pick_prompts(positive: Prompt, negative: Prompt, plan: RunPlan) -> Sequence[NamedText]:
+    """Choose the prompts: the negative one with guidance alone; see `pick_texts`."""
+    return pick_texts(positive, negative, plan.shape.branches)
+
+
+@dataclass
+class SkyreelsRun:
+    """What all windows of a generation have in common.
+
+    Attributes:
+        passes: Of the transformer.
+        policy: Decides which tokens are recomputed.
+        contexts: Keys and values of the prompt per branch: cond, and uncond with guidance.
+        options: Of the run.
+        table: Of the sampler.
+        conditions: One row per step, then one for timestep 0 and one for the prefix's timestep.
+        distances: Between the steps.
+        histories: Per branch, by chunk, what its last frame was when motion was measured: block
+            output (1, P, C), or clean latents (P, c). The motion of the next chunk starts from it.
+    """
+
+    passes: Passes
+    policy: Policy
+    contexts: Sequence[Any]
+    options: GenerationOptions
+    table: SamplerTable
+    conditions: Conditions
+    distances: DistanceTable
+    histories: list[dict[int, Values]]
+
+    @property
+    def clean_row(self) -> int:
+        """Row of `conditions` for a finished chunk."""
+        return len(self.table.timesteps)
+
+    @property
+    def prefix_row(self) -> int:
+        """Row of `conditions` for a chunk of the prefix."""
+        return len(self.table.timesteps) + 1
+
+    def open_window(self, window: Window, cut: WindowPlan) -> "SkyreelsSteps":
+        """Begin a window.
+
+        Args:
+            window: Its state.
+            cut: Where it lies in the video.
+
+        Returns:
+            Its steps.
+        """
+        if self.policy.reset_history:
+            self.histories = [{} for _ in self.contexts]
+        shown = _show_prefix(self.options, window.latents[:, : cut.prefix], window.number)
+        return SkyreelsSteps(self, window, shown)
+
+
+def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> SkyreelsRun:
+    """Compute what all windows share: the prompt's keys and the modulation, once.
+
+    Args:
+        inputs: Tensors and settings.
+        plan: Of the run.
+        passes: Of the transformer.
+        policy: Has accepted the shape of the run.
+
+    Returns:
+        The run.
+    """
+    options = inputs.options
+    table = sampler_table(
+        options.num_inference_steps, options.flow_shift, options.sigma_table, options.first_sample
+    )
+    timesteps = np.append(table.timesteps, [CLEAN_TIMESTEP, options.addnoise_condition])
+    conditions = passes.encode_timesteps(timesteps, options.fps)
+    return SkyreelsRun(
+        passes,
+        policy,
+        [passes.encode_context(embedding) for embedding in inputs.embeddings],
+        options,
+        table,
+        conditions,
+        DistanceTable.from_modulation(conditions.modulation[: len(table.timesteps)]),
+        [{} for _ in inputs.embeddings],
+    )
+
+
+def _show_prefix(options: GenerationOptions, prefix: Latents, number: int) -> Latents:
+    """The prefix of a window as the model sees it: with noise, drawn once per window."""
+    share = np.float32(0.001 * options.addnoise_condition)
+    drawn = np.random.default_rng([options.seed, number + 1])
+    noise = drawn.standard_normal(prefix.shape, np.float32)
+    return (1 - share) * prefix + share * noise
+
+
+@dataclass
+class _Branch:
+    """What one guidance branch remembers within a window.
+
+    Attributes:
+        number: 0 cond, 1 uncond.
+        memory: Keys, values and residuals, where the engines run.
+        decisions: What the policy makes of it.
+        last_frames: The run's history of this branch.
+    """
+
+    number: int
+    memory: Any
+    decisions: Decisions
+    last_frames: dict[int, Values]
+
+
+@dataclass
+class SkyreelsSteps:
+    """The steps of a window.
+
+    Attributes:
+        run: Of the generation.
+        window: Its latents are moved.
+        prefix: Latents of the prefix as the model is shown them, with noise added.
+        passes: The run's, on the window's clock.
+        samplers: Per chunk.
+        branches: cond, and uncond with guidance.
+    """
+
+    run: SkyreelsRun
+    window: Window
+    prefix: Latents
+    passes: Passes = field(init=False)
+    samplers: list[SamplerState] = field(init=False)
+    branches: list[_Branch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        run, window = self.run, self.window
+        self.passes = run.passes.timed(window.clock)
+        self.samplers = [init_sampler() for _ in range(window.chunks)]
+        config, frames = self.passes.config, window.shape.frames
+        _, down, across = config.patch_size
+        grid = window.latents.shape[2] // down, window.latents.shape[3] // across
+        angles = [
+            config.rope.tables(frames, *grid, first_frame=chunk * frames)
+            for chunk in range(window.chunks)
+        ]
+        decide = run.policy, run.distances, window.shape, window.trace, window.number
+        self.branches = [
+            _Branch(
+                number,
+                self.passes.open_branch(context, angles),
+                Decisions(*decide, number),
+                run.histories[number],
+            )
+            for number, context in enumerate(run.contexts)
+        ]
+
+    def freeze(self, chunk: int) -> None:
+        """Write the keys of a chunk for good; see `Steps.freeze`.
+
+        A policy without clean passes leaves a finished chunk the keys of its last computed step.
+        """
+        run, window = self.run, self.window
+        given = window.is_given(chunk)
+        if not (given or run.policy.clean_pass):
+            return
+        row = run.prefix_row if given else run.clean_row
+        source, rows = self.prefix if given else window.latents, np.arange(window.shape.tokens)
+        with window.timed(0, chunk):
+            x = self._embed(source[:, window.frames_of(chunk)])
+        for branch in self.branches:
+            window.write_pass(branch.number, chunk, Mode.CLEAN, self._padded(len(rows)))
+            with window.timed(branch.number, chunk):
+                modulation = run.conditions.modulation[row : row + 1]
+                self.passes.recompute(branch.memory, chunk, x, rows, modulation)
+
+    def take_step(self, chunk: int, active: Mapping[int, int]) -> None:
+        """Take one sampler step of a chunk, with guidance; see `Steps.take_step`."""
+        run, window, step = self.run, self.window, active[chunk]
+        frames = window.frames_of(chunk)
+        with window.timed(0, chunk):
+            x = self._embed(window.latents[:, frames])
+        velocities, plans = [], []
+        for branch in self.branches:
+            with window.timed(branch.number, chunk):
+                plans.append(branch.decisions.plan(window.row, chunk, active))
+                velocities.append(self._velocity(branch, chunk, x, plans[-1], step))
+        with window.timed(0, chunk):
+            velocity = velocities[0]
+            if len(velocities) == 2:
+                cond, uncond = velocities
+                velocity = uncond + np.float32(run.options.guidance_scale) * (cond - uncond)
+            if run.policy.motion == "latents":
+                self._observe_latents(chunk, velocity, plans, step)
+            window.latents[:, frames], self.samplers[chunk] = sampler_step(
+                run.table, self.samplers[chunk], velocity, window.latents[:, frames]
+            )
+
+    def _embed(self, latents: Latents) -> Values:
+        return self.passes.embed(patchify(latents, self.passes.config.patch_size))
+
+    def _padded(self, tokens: int) -> int:
+        return self.passes.bucket(tokens, self.window.shape.tokens)
+
+    def _velocity(self, branch: _Branch, chunk: int, x: Values, plan: Plan, step: int) -> Latents:
+        """The model's velocity: reused tokens keep their residual, others are computed."""
+        run, window, passes = self.run, self.window, self.passes
+        rows = np.flatnonzero(plan.recompute)
+        mode = Mode.of(len(rows), window.shape.tokens)
+        window.write_pass(branch.number, chunk, mode, self._padded(len(rows)))
+        row = slice(step, step + 1)
+        out = passes.evaluate(branch.memory, chunk, x, rows, run.conditions.modulation[row])
+        observed = plan.wants_motion and run.policy.motion == "output"
+        reading = passes.read(
+            out,
+            run.conditions.head_modulation[row],
+            window.shape.frames if observed else 0,
+            branch.last_frames.get(chunk - 1) if observed else None,
+        )
+        if not np.isfinite(reading.patches).all():
+            values = {"embed": x, "block": out}
+            on_host = {name: passes.to_host(value) for name, value in values.items()}
+            window.refuse_nan({**on_host, "head": reading.patches}, chunk, step)
+        if reading.motion is not None:
+            branch.last_frames[chunk] = reading.last_frame
+            branch.decisions.observe(window.row, chunk, reading.motion)
+        shape = (passes.config.out_channels, window.shape.frames, *window.latents.shape[2:])
+        return unpatchify(reading.patches, passes.config.patch_size, shape)
+
+    def _observe_latents(
+        self, chunk: int, velocity: Latents, plans: Sequence[Plan], step: int
+    ) -> None:
+        """Show the policy in every branch how the clean latents move that this step predicts."""
+        if not any(plan.wants_motion for plan in plans):
+            return
+        window = self.window
+        latents = window.latents[:, window.frames_of(chunk)]
+        clean = latents - self.run.table.sigmas[step] * velocity
+        rows = patchify(clean, self.passes.config.patch_size)
+        frames = rows.reshape(window.shape.frames, -1, rows.shape[2])
+        for branch, plan in zip(self.branches, plans, strict=True):
+            motion = measure_latent_motion(frames, branch.last_frames.get(chunk - 1))
+            branch.last_frames[chunk] = frames[-1]
+            if plan.wants_motion:
+                branch.decisions.observe(window.row, chunk, motion)
