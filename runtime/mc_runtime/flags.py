@@ -1,7 +1,8 @@
 """Flags that several commands have, and what `--quiet` does to their notes.
 
-The settings of a generation are the fields of `GenerationOptions`: names, kinds and defaults are
-taken from there, only the help is written here or by the command.
+The settings of a generation are the fields of the families' options: names and kinds are taken
+from there, only the help is written here or by the command. A flag that is not given leaves the
+setting to the model, and one that the model's family does not have is refused.
 """
 
 __all__ = [
@@ -21,15 +22,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 from mc_engines.building.bounds import VideoLimits
 from mc_engines.building.library import BACKENDS
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.specs import PRECISIONS
+from mc_runtime.families.magi_schedule import MagiOptions
 from mc_runtime.options import GenerationOptions
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -40,6 +45,7 @@ ONNXRUNTIME_BACKENDS: dict[str, Provider] = {  # of ONNX Runtime, by backend
     "onnxruntime-cuda": "cuda",
     "onnxruntime-tensorrt-rtx": "nv-tensorrt-rtx",
 }
+Options = TypeVar("Options", bound="DataclassInstance")
 _MEGABYTE = 10**6
 _OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
 _HELP = {
@@ -58,7 +64,12 @@ _HELP = {
     "addnoise_condition": "Noise added to what is taken over, in thousandths.",
     "sigma_table": "Whose noise levels.",
     "first_sample": "How the second step is corrected: as diffusers' pipeline, or as in UniPC.",
+    "nearly_clean": "Of a distilled MAGI-1: keep the guidance of the oldest chunk by itself.",
 }
+_FIELDS = {
+    entry.name: entry for options in (MagiOptions, GenerationOptions) for entry in fields(options)
+}
+SETTINGS = tuple(_FIELDS)
 
 
 def setting_options(
@@ -67,7 +78,7 @@ def setting_options(
     """Add one option per setting of a generation.
 
     Args:
-        texts: The help by field of `GenerationOptions`; other fields get no option.
+        texts: The help by field of the families' options; other fields get no option.
         flags: Flags that are not the field's name with hyphens, by field.
 
     Returns:
@@ -76,34 +87,45 @@ def setting_options(
     renamed = flags or {}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for entry in reversed(fields(GenerationOptions)):
-            if entry.name in texts:
-                choices = get_args(entry.type)
-                model_decides = entry.name in _OF_THE_MODEL
+        for name, entry in reversed(_FIELDS.items()):
+            if name in texts:
+                choices, flag = get_args(entry.type), name.replace("_", "-")
+                usual = f"the model's, else {entry.default}"
+                switch = f"--{flag}/--no-{flag}" if entry.type is bool else f"--{flag}"
                 function = click.option(
-                    renamed.get(entry.name, f"--{entry.name.replace('_', '-')}"),
-                    entry.name,
+                    renamed.get(name, switch),
+                    name,
                     type=click.Choice(choices) if choices else type(entry.default),
-                    default=None if model_decides else entry.default,
-                    show_default=f"the model's, else {entry.default}" if model_decides else True,
-                    help=texts[entry.name],
+                    default=None,
+                    show_default=usual if name in _OF_THE_MODEL else str(entry.default),
+                    help=texts[name],
                 )(function)
         return function
 
     return decorate
 
 
-def choose_options(defaults: GenerationOptions, settings: Mapping[str, Any]) -> GenerationOptions:
+def choose_options(defaults: Options, settings: Mapping[str, Any]) -> Options:
     """Make the options of `setting_options`' flags; None takes the default of the model.
 
     Args:
         defaults: Of the model.
-        settings: Values by field; fields that are missing take the default too.
+        settings: Values by name, of any parameter; those that are no settings are left out, and
+            settings that are missing take the default too.
 
     Returns:
         The options, not checked.
+
+    Raises:
+        ValueError: A setting is given that the model's family does not have.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    known = [entry.name for entry in fields(defaults)]
+    given = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    for name in given.keys() - set(known):
+        raise ValueError(
+            f"{name}: expected a setting of this model ({', '.join(known)}), got "
+            f"{given[name]}. Leave it out."
+        )
     return replace(defaults, **given)
 
 

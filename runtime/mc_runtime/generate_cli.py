@@ -6,11 +6,12 @@ The flags of the settings are those of `mc_runtime.flags`.
 
 __all__ = ["main"]
 
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mc_runtime.flags import (
     make_say,
     setting_options,
 )
-from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.options import Chunk
 from mc_runtime.output_file import check_distinct, check_output, replace_file
 from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
 from mc_runtime.run_record import hash_files, read_options, record_run, write_record
@@ -56,7 +57,7 @@ class _Run:
     """What a run needs, and what it has made so far."""
 
     pipeline: VideoPipeline
-    options: GenerationOptions
+    options: Any
     texts: dict[str, Any]
     arrays: dict[str, Any]
     files: dict[str, dict[str, str]]
@@ -132,7 +133,8 @@ def main(
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     if repeat is not None:
-        values |= _replace_recorded(read_options(repeat, pipeline.bundle), given)
+        recorded = read_options(repeat, pipeline.bundle, pipeline.default_options)
+        values |= _replace_recorded(recorded, given)
         pipeline = VideoPipeline(pipeline.bundle, values["threads"])
     run = _prepare(pipeline, values, given, output, save_latents, trace)
     check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
@@ -224,19 +226,17 @@ def _prepare(
 ) -> _Run:
     """Read the input files and settle the options."""
     files = {name: values[name] for name in _INPUT_FILES if values.get(name)}
-    settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
     noise = _load(files["latents"], _NOISE) if "latents" in files else None
-    if noise is not None:
-        settings |= _sizes(noise, pipeline, given)
-    options = choose_options(pipeline.default_options, settings)
+    sizes = {} if noise is None else _sizes(noise, pipeline, given)
+    options = choose_options(pipeline.default_options, values | sizes)
     arrays: dict[str, Any] = {"latents": noise}
     for name in (_PROMPT, _NEGATIVE):
-        wanted = "prompt_embeds" in files and (name == _PROMPT or options.guidance_scale > 1)
+        wanted = "prompt_embeds" in files and (name == _PROMPT or pipeline.family.guided(options))
         wanted = wanted and (name == _PROMPT or values["negative_prompt"] is None)
         arrays[name] = _load(files["prompt_embeds"], name) if wanted else None
     if "video" in files:
-        size = (options.width, options.height, options.overlap_history)
-        arrays["video"] = read_video(files["video"], *size)
+        continued = pipeline.family.continued(sys.maxsize, options)
+        arrays["video"] = read_video(files["video"], options.width, options.height, continued)
     texts = {name: values[name] for name in ("prompt", "negative_prompt")}
     hashes = hash_files(files)
     policy = _choose_policy(pipeline, values, given)

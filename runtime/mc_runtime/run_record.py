@@ -8,13 +8,13 @@ __all__ = ["hash_files", "read_options", "record_run", "write_record"]
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mc_engines.bundle import Bundle
 from mc_runtime.input_file import read_json
-from mc_runtime.options import Chunk, GenerationOptions
+from mc_runtime.options import Chunk
 from mc_runtime.output_file import write_text
 from mc_runtime.versions import list_versions
 from motioncache import Policy
@@ -40,7 +40,7 @@ def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
 
 def record_run(
     bundle: Bundle,
-    options: GenerationOptions,
+    options: Any,
     inputs: Mapping[str, Any],
     files: Mapping[str, Mapping[str, str]],
     threads: int | None,
@@ -97,22 +97,23 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
+def read_options(path: Path, bundle: Bundle, defaults: Any) -> dict[str, Any]:
     """Read the settings of a recorded run.
 
     Args:
         path: The JSON file.
         bundle: On which the run is to be repeated.
+        defaults: Options of its family.
 
     Returns:
-        Fields of `GenerationOptions`, `policy`, `policy_option`, `threads`, `backend`, `dtype`,
+        Settings, `policy`, `policy_option`, `threads`, `backend`, `dtype`,
         `engines`, prompts and files, by parameter name of `mc-generate`; `preset`, the name of the
         policy's; and `ran_on` as it was recorded, empty in a record of before it was.
 
     Raises:
         ValueError: It is no record of this version, or of another bundle, or an input has changed.
     """
-    record = _read_record(path)
+    record = _read_record(path, defaults)
     if record["bundle"] != bundle.model_hash:
         raise ValueError(
             f"{path}: expected the bundle {record['bundle'][:12]}, got {bundle.path} with "
@@ -128,11 +129,11 @@ def read_options(path: Path, bundle: Bundle) -> dict[str, Any]:
     return values
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path, defaults: Any) -> dict[str, Any]:
     """Take from a record what a repetition needs: `bundle`, `files` and `values`."""
     record = read_json(path, SCHEMA, "the JSON of a run", _REMEDY)
     try:
-        settings = asdict(GenerationOptions(**record["options"]))
+        settings = asdict(replace(defaults, **record["options"]))
         files = {name: Path(entry["path"]) for name, entry in record["files"].items()}
         ran_on = dict(record.get("ran_on", {}))
         engines = ran_on.get("engines")

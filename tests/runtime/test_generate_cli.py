@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from mc_engines.errors import McError
 from mc_runtime import generate_cli
+from mc_runtime.families.registry import FAMILIES
 from mc_runtime.generate_cli import main
 from mc_runtime.generation import Generation, Progress
 from mc_runtime.options import Chunk, GenerationOptions
@@ -33,6 +34,7 @@ class FakePipeline:
 
     grid = WAN_GRID
     default_options = GenerationOptions()
+    family = FAMILIES["skyreels"]
     calls: ClassVar[list] = []
     chunks = 3
     ends_with: BaseException | None = None

@@ -39,7 +39,7 @@ def change(path, **entries):
 
 
 def test_a_record_gives_back_what_was_set(saved, tmp_path):
-    assert read_options(saved, bundle(tmp_path / "elsewhere")) == {
+    assert read_options(saved, bundle(tmp_path / "elsewhere"), GenerationOptions()) == {
         **vars(OPTIONS), **TEXTS, "latents": tmp_path / "noise.npz", "threads": 2,
         "policy": "flowcache", "policy_option": ("threshold=0.1", "coefficients=1.0,0.0",
         "warmup_steps=4", "compat=fixed"), "preset": None,
@@ -51,7 +51,7 @@ def test_a_record_from_before_it_said_what_ran_it_is_of_the_cpu(saved, tmp_path)
     record = json.loads(saved.read_text())
     del record["ran_on"]
     saved.write_text(json.dumps(record))
-    values = read_options(saved, bundle(tmp_path))
+    values = read_options(saved, bundle(tmp_path), GenerationOptions())
     assert values["backend"] == "cpu" and values["dtype"] is None and values["ran_on"] == {}
 
 
@@ -80,7 +80,7 @@ def test_paths_are_of_use_in_another_folder(tmp_path, monkeypatch):
 
 def test_another_bundle_is_refused(saved, tmp_path):
     with pytest.raises(ValueError) as caught:
-        read_options(saved, bundle(tmp_path / "c", "cd" * 32))
+        read_options(saved, bundle(tmp_path / "c", "cd" * 32), GenerationOptions())
     assert str(caught.value) == (
         f"{saved}: expected the bundle abababababab, got {tmp_path / 'c'} with cdcdcdcdcdcd. "
         "Repeat the run on the bundle it used."
@@ -91,7 +91,7 @@ def test_another_bundle_is_refused(saved, tmp_path):
 def test_an_input_that_changed_is_refused(saved, tmp_path, change):
     change(tmp_path / "noise.npz")
     with pytest.raises(ValueError) as caught:
-        read_options(saved, bundle(tmp_path))
+        read_options(saved, bundle(tmp_path), GenerationOptions())
     assert str(caught.value) == (
         f"{tmp_path / 'noise.npz'}: expected the file of the recorded run, got another or none. "
         "Restore it, or run without --repeat."
@@ -102,7 +102,7 @@ def test_an_input_that_changed_is_refused(saved, tmp_path, change):
 def test_what_is_no_record_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        read_options(tmp_path / "x.json", bundle(tmp_path))
+        read_options(tmp_path / "x.json", bundle(tmp_path), GenerationOptions())
     assert str(caught.value).startswith(f"{tmp_path / 'x.json'}: expected the JSON of a run, got: ")
     assert str(caught.value).endswith(". Pass one that mc-generate wrote.")
 
@@ -110,7 +110,7 @@ def test_what_is_no_record_is_refused(tmp_path, content):
 def test_another_schema_is_refused(saved, tmp_path):
     change(saved, schema="other/v1")
     with pytest.raises(ValueError) as caught:
-        read_options(saved, bundle(tmp_path))
+        read_options(saved, bundle(tmp_path), GenerationOptions())
     assert str(caught.value) == (
         f"{saved}: expected schema motioncache.run/v1, got other/v1. "
         "Pass one that mc-generate wrote."
@@ -130,7 +130,7 @@ def test_another_schema_is_refused(saved, tmp_path):
 def test_a_damaged_record_is_refused(saved, tmp_path, entries):
     change(saved, **entries)
     with pytest.raises(ValueError, match=r"expected a whole record, got one .* mc-generate wrote."):
-        read_options(saved, bundle(tmp_path))
+        read_options(saved, bundle(tmp_path), GenerationOptions())
 
 
 def test_a_full_disk_names_the_record(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from mc_runtime.bench.predict_cli import predict_command
 from mc_runtime.display import open_console
 from mc_runtime.fidelity import Lpips, compare_videos
 from mc_runtime.flags import FILE, INPUT, choose_options, make_say, setting_options
-from mc_runtime.options import GenerationOptions
 from mc_runtime.output_file import check_distinct, check_output, write_text
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.prompts import encode_prompts, read_prompts
@@ -136,10 +135,9 @@ def _time(bundle: Path, values: dict[str, Any], given: Collection[str], quiet: b
         if values[name] is not None:
             raise click.UsageError(f"--{name} is for comparing policies. Leave it out.")
     prompts = _read_prompts(values["prompt"], values["prompts"]) if values["generation"] else ()
-    settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
     run_latency(
         bundle,
-        lambda pipeline: choose_options(pipeline.default_options, settings),
+        lambda pipeline: choose_options(pipeline.default_options, values),
         prompts,
         values,
         given,
@@ -164,11 +162,10 @@ def _check_outputs(
 
 def _prepare(pipeline: VideoPipeline, values: dict[str, Any], say: Callable[[str], None]) -> Bench:
     """Settle what is run, and refuse what cannot be."""
-    settings = {entry.name: values[entry.name] for entry in fields(GenerationOptions)}
     bench = Bench(
         pipeline,
         choose_policies(pipeline, values["policies"], values["policy_option"]),
-        choose_options(pipeline.default_options, settings),
+        choose_options(pipeline.default_options, values),
         _read_prompts(values["prompt"], values["prompts"]),
         values["rounds"],
     )

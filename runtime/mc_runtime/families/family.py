@@ -37,6 +37,7 @@ class Family:
         defaults: From a config to the options of a run, at the size of video that the model was
             trained for where that is known. What fields they have is the family's.
         grid: From a config to what a latent and a token stand for.
+        guided: From options to whether a negative prompt is used.
         continued: From the frames of a given video and the options to how many are continued.
         plan: From options, latent frames that are given, grid and config to the plan of the run;
             refuses, with ValueError, what cannot be generated.
@@ -48,6 +49,7 @@ class Family:
     name: str
     defaults: Callable[[Mapping[str, Any]], Any]
     grid: Callable[[Mapping[str, Any]], LatentGrid]
+    guided: Callable[[Any], bool]
     continued: Callable[[int, Any], int]
     plan: Callable[[Any, int, LatentGrid, Mapping[str, Any]], RunPlan]
     prompts: Prompts

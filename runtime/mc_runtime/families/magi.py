@@ -50,8 +50,14 @@ def read_grid(config: Mapping[str, Any]) -> LatentGrid:
 
 
 def count_continued(frames: int, options: MagiOptions) -> int:
-    """Count the frames of a given video that are continued: all."""
-    return frames
+    """Count the frames of a given video that are continued: none as long as there is no VAE.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        "video: expected none, as bundles of MAGI-1 have no VAE yet, got one. Leave it out."
+    )
 
 
 def pick_prompts(positive: Prompt, negative: Prompt, plan: RunPlan) -> Sequence[NamedText]:
