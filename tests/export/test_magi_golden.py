@@ -1,11 +1,13 @@
 """The exported MAGI-1 graphs in ONNX Runtime beside one forward of the original code.
 
-tests/golden/README-magi.md describes the cases. A forward sees the segments of a window at once: a
+tests/golden/README-magi.md describes the cases; the code of docs/bundle.md makes patches and rotary
+tables. A forward sees the segments of a window at once: a
 finished chunk, those being denoised and, in a distilled model, a copy of the oldest of these. Here
 they run one by one over one cache, as the graphs are made for.
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -28,26 +30,9 @@ BRANCHES = {
 }
 
 
-def to_patches(latents):
-    c, f, h, w = latents.shape
-    split = latents.reshape(c, f, h // 2, 2, w // 2, 2)
-    return split.transpose(1, 2, 4, 0, 3, 5).reshape(1, -1, 4 * c)
-
-
-def from_patches(rows, shape):
-    c, f, h, w = shape
-    return rows.reshape(f, h // 2, w // 2, 2, 2, c).transpose(5, 0, 1, 3, 2, 4).reshape(shape)
-
-
-def rotary_tables(first_frame, frames, rows, columns, bands):
-    """cos and sin of a chunk; docs/bundle.md says the same in words."""
-    scale = np.sqrt(rows * columns / 256)
-    frame, row, column = np.indices((frames, rows, columns)).reshape(3, -1).astype(np.float64)
-    axes = [frame + first_frame]
-    for index, size in ((row, rows), (column, columns)):
-        axes.append((index - (size - 1) / 2) / (size - 1) * (size / scale - 1))
-    angles = np.concatenate([np.outer(axis, bands) for axis in axes], axis=1)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+TEXT = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
+DOC: dict[str, object] = {}
+exec("\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)), DOC)
 
 
 class Model:
@@ -84,7 +69,7 @@ class Forward:
         segments = range(1, x.shape[1]) if alone else range(x.shape[1])
         chunks = len(golden["y_text"])
         self.latents = [x[:, segment] for segment in segments]
-        self.tokens = to_patches(self.latents[0]).shape[1]
+        self.tokens = DOC["to_patches"](self.latents[0], model.config).shape[1]
         self.first_frames = [0 if alone else FRAMES * segment for segment in segments]
         self.ranges = [golden["unit_kv_range"][segment] for segment in segments]
         if alone:
@@ -115,8 +100,11 @@ class Forward:
             for name in ("k_cache", "v_cache")
         }
 
+    def patches(self, segment):
+        return DOC["to_patches"](self.latents[segment], self.model.config)
+
     def embed(self, segment):
-        return self.model.run("embed", patches=to_patches(self.latents[segment]))["x"]
+        return self.model.run("embed", patches=self.patches(segment))["x"]
 
     def block(self, layer, segment, x, rows, padding=0):
         """One layer over some tokens of a segment; the others' keys are those in the cache."""
@@ -125,7 +113,7 @@ class Forward:
         kv_map[first + rows - self.ranges[segment][0]] = slots + np.arange(len(rows))
         _, _, height, width = self.latents[segment].shape
         grid = FRAMES, height // 2, width // 2
-        angles = rotary_tables(self.first_frames[segment], *grid, self.model.config["rope_bands"])
+        angles = DOC["magi_rotary_tables"](self.first_frames[segment], *grid, self.model.config)
         padded = np.concatenate([rows, np.zeros(padding, np.int64)])
         text = self.model.run(
             "text_projection", embedding=np.asarray(self.texts[segment], np.float32)[None]
@@ -158,7 +146,8 @@ class Forward:
             ]
             hidden.append(np.concatenate(x, axis=1)[0])
         rows = [self.model.run("head", out=tokens)["patches"] for tokens in x]
-        return [from_patches(each, self.latents[0].shape) for each in rows], hidden
+        _, *grid = self.latents[0].shape
+        return [DOC["from_patches"](each, *grid, self.model.config) for each in rows], hidden
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +229,21 @@ def test_the_manifest_says_what_is_there(model):
     }
     assert manifest.config["video"] == {"height": 64, "width": 96, "num_frames": 120}
     assert model("magi-b").bundle.manifest.config["schedule"]["guidance_passes"] == 3
+
+
+def test_the_document_names_what_a_bundle_holds(model):
+    section = TEXT.partition("## Family `magi`")[2].partition("\n## ")[0]
+    manifest = model("magi-a").bundle.manifest
+    for part in ("transformer", "schedule"):
+        for name in manifest.config[part]:
+            assert f"`{name}`" in section, name
+    for component in manifest.components.values():
+        assert f"`{component.name}`" in section
+        for spec in component.graphs["fp32"].weights:
+            assert f"`{spec.name}`" in section or f"`{spec.name} [" in section, spec.name
+        for graph in component.graphs.values():
+            for spec in (*graph.inputs, *graph.outputs):
+                assert f"`{spec.name}`" in section, spec.name
 
 
 def test_the_null_caption_is_stored_as_far_as_it_is_seen(model):
