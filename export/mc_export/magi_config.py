@@ -155,6 +155,7 @@ def describe_transformer(config: Mapping[str, Any], tensors: TensorSource) -> di
         "ffn_dim": c.block.ffn_dim,
         "gated_ffn": c.block.gated,
         "text_dim": c.text_dim,
+        "text_projection_layers": 1,
         "max_text_tokens": c.text_tokens,
         "condition_dim": c.block.condition_dim,
         "in_channels": c.latent_channels,

@@ -27,7 +27,7 @@ __all__ = [
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from mc_runtime.schedule import StepMatrix
 from motioncache.trace import DecisionTrace, Mode
 
 PUBLISHED_TEXT_TOKENS = 512
+Count = TypeVar("Count", int, NDArray[Any])
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class ModelFlops:
         text_dim: Channels of the text embedding.
         patch_in: Values of a token's patch of latents.
         patch_out: Values of a token's patch of velocity.
+        query_dim: Channels of the queries; None for C.
+        key_dim: Channels of the keys, and of the values; None for C.
+        ffn_matrices: Of the feed-forward: 2, or 3 where it is gated.
+        text_matrices: Of the text projection: 2, or 1.
     """
 
     layers: int
@@ -58,15 +63,23 @@ class ModelFlops:
     text_dim: int
     patch_in: int
     patch_out: int
+    query_dim: int | None = None
+    key_dim: int | None = None
+    ffn_matrices: int = 2
+    text_matrices: int = 2
 
     @classmethod
     def from_manifest(cls, config: Mapping[str, Any]) -> "ModelFlops":
         """Read the manifest's `config.transformer`."""
-        patch = math.prod(config["patch_size"])
+        patch, size = math.prod(config["patch_size"]), config["head_dim"]
+        widths = {"query_dim": config["heads"] * size, "key_dim": config.get("key_heads", 0) * size}
         return cls(
             **{name: config[name] for name in ("layers", "dim", "ffn_dim", "text_dim")},
             patch_in=patch * config["in_channels"],
             patch_out=patch * config["out_channels"],
+            **{name: width for name, width in widths.items() if width not in (0, config["dim"])},
+            ffn_matrices=3 if config.get("gated_ffn") else 2,
+            text_matrices=config.get("text_projection_layers", 2),
         )
 
     @classmethod
@@ -88,21 +101,34 @@ class ModelFlops:
 
     def text_projection(self, text: int) -> int:
         """Embedding of T text tokens to the transformer's width."""
-        return 2 * text * (self.text_dim + self.dim) * self.dim
+        return 2 * text * (self.text_dim + (self.text_matrices - 1) * self.dim) * self.dim
 
     def text_keys(self, text: int) -> int:
         """Keys and values of T text tokens, in all layers."""
-        return self.layers * 4 * text * self.dim**2
+        return self.layers * 4 * text * self.dim * self._keys
 
-    def blocks(self, tokens: int, keys: int, text: int) -> int:
+    def blocks(self, tokens: Count, keys: Count, text: Count) -> Count:
         """All blocks for some tokens that see `keys` keys, their own included, and T text ones."""
-        # q, k, v and out, q and out of the text's attention; feed-forward; scores and their use.
-        linear = 12 * self.dim**2 + 4 * self.dim * self.ffn_dim
-        return self.layers * tokens * (linear + 4 * self.dim * (keys + text))
+        # q and out, of both attentions, k and v; feed-forward; scores and their use.
+        linear = self.dim * (4 * self._queries + 2 * self._keys) + self._feed_forward
+        work: Count = self.layers * tokens * (2 * linear + 4 * self._queries * (keys + text))
+        return work
 
     def head(self, tokens: int) -> int:
         """Tokens to patches of velocity."""
         return 2 * tokens * self.dim * self.patch_out
+
+    @property
+    def _queries(self) -> int:
+        return self.query_dim or self.dim
+
+    @property
+    def _keys(self) -> int:
+        return self.key_dim or self.dim
+
+    @property
+    def _feed_forward(self) -> int:
+        return self.ffn_matrices * self.dim * self.ffn_dim
 
 
 @dataclass(frozen=True)
@@ -175,8 +201,10 @@ def _count_passes(job: Job) -> _Passes:
 def count_work(flops: ModelFlops, trace: DecisionTrace, *, padded: bool) -> Work:
     """Count what a run did.
 
-    A chunk is embedded once per step or clean pass, for both branches; the head runs once per step
+    A chunk is embedded once per step or clean pass, for all branches; the head runs once per step
     and branch, for all L tokens; the text is projected, and its keys computed, once per branch.
+    Where that is not so, the run says it: `visible`, the chunks that each pass sees,
+    `encoded_tokens` of every text, `clean_text_tokens`, and `partial_head`.
 
     Args:
         flops: Of the model.
@@ -187,16 +215,22 @@ def count_work(flops: ModelFlops, trace: DecisionTrace, *, padded: bool) -> Work
     Returns:
         The operations, clean passes included.
     """
-    tokens = trace.recompute.shape[-1]
+    tokens, run = trace.recompute.shape[-1], trace.run
     busy, clean = trace.mode != Mode.IDLE, trace.mode == Mode.CLEAN
-    asked = (trace.recompute == 1).sum(-1) + tokens * clean
-    return _add_up(
-        flops,
-        tokens,
-        trace.run["text_tokens"],
-        computed=(trace.bucket if padded else asked).sum(0),
-        embedded=tokens * int(busy.any(1).sum()),
-        headed=tokens * int((busy & ~clean).sum()),
+    asked = (trace.recompute == 1).sum(-1) * (busy & ~clean) + tokens * clean
+    computed = (trace.bucket * busy if padded else asked).astype(np.int64)
+    chunks = np.arange(1, computed.shape[2] + 1)
+    seen = np.broadcast_to(run.get("visible") or chunks, computed.shape)
+    text = np.broadcast_to(np.array(run["text_tokens"])[:, None], computed.shape)
+    text = np.where(clean, run.get("clean_text_tokens") or text, text)
+    headed = computed[~clean].sum() if run.get("partial_head") else tokens * (busy & ~clean).sum()
+    encoded = run.get("encoded_tokens") or run["text_tokens"]
+    return Work(
+        embed=flops.embed(tokens * int(busy.any(1).sum())),
+        text_projection=sum(map(flops.text_projection, encoded)),
+        text_keys=sum(map(flops.text_keys, encoded)),
+        blocks=int(flops.blocks(computed, tokens * seen, text).sum()),
+        head=flops.head(int(headed)),
     )
 
 

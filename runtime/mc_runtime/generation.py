@@ -117,7 +117,8 @@ def generate_chunks(
         Each chunk as soon as it is clean, first those of a given prefix. Together they are the
         video. Its iterator raises EngineError where an engine fails or computes NaN.
     """
-    trace = DecisionTrace.empty(plan.shape, _describe(inputs, plan, policy))
+    described = _describe(inputs, plan, policy) | family.describe(inputs, plan)
+    trace = DecisionTrace.empty(plan.shape, described)
     chunks = _generate(family, inputs, plan, passes, decoder, policy, callback, trace)
     return Generation(trace, chunks)
 
@@ -135,7 +136,6 @@ def _describe(inputs: Inputs, plan: RunPlan, policy: Policy) -> dict[str, Any]:
         "bundle": inputs.bundle,
         "grid": list(plan.token_grid),
         "steps": plan.shape.steps,
-        "text_tokens": [embedding.shape[1] for embedding in inputs.embeddings],
         "windows": [asdict(window) for window in plan.windows],
         "options": asdict(inputs.options),
     }

@@ -15,6 +15,8 @@ from click.testing import CliRunner
 
 from mc_export.cli import main as export
 from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule, timestep_table
+from mc_runtime.families.magi_work import plan_uncached
+from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.generation import generate_chunks
 from mc_runtime.inputs import Inputs
 from mc_runtime.pipeline import VideoPipeline
@@ -157,6 +159,20 @@ def test_clean_and_nearly_clean_passes_are_made_where_the_original_makes_them(go
     if golden.case["cfg_number"] == 1:
         copies = (trace.mode[:, 1] == Mode.FULL).any(axis=1)
         np.testing.assert_array_equal(copies, golden.expected["uncached_flags"][:, 1] == 1)
+
+
+def test_the_work_of_an_uncached_run_is_known_before_it(golden):
+    options = golden.options()
+    config = golden.pipeline.bundle.manifest.config
+    schedule = MagiSchedule.from_manifest(config, options)
+    _, trace = golden.generate(none())
+    prompt = int(golden.inputs["caption_mask"].sum()) + 2  # behind two special tokens
+    planned = plan_uncached(schedule, golden.pipeline.plan(options), min(prompt, 64), null=50)
+    np.testing.assert_array_equal(planned.mode, trace.mode)
+    flops = ModelFlops.from_manifest(config["transformer"])
+    work = count_work(flops, planned, padded=False)
+    assert count_work(flops, trace, padded=False) == work
+    assert count_work(flops, trace, padded=True) == work
 
 
 # Latents

@@ -43,6 +43,7 @@ class Family:
             refuses, with ValueError, what cannot be generated.
         prompts: From prompt and negative prompt to the texts that are encoded, under their names.
         tables: Of the bundle, that a run takes besides the texts.
+        describe: What a trace has to say of a run, for those who count its work (`count_work`).
         start: Begins a run, with a policy that has accepted its shape.
     """
 
@@ -53,5 +54,6 @@ class Family:
     continued: Callable[[int, Any], int]
     plan: Callable[[Any, int, LatentGrid, Mapping[str, Any]], RunPlan]
     prompts: Prompts
+    describe: Callable[[Inputs, RunPlan], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
     tables: tuple[str, ...] = ()

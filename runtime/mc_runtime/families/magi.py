@@ -11,6 +11,7 @@ __all__ = [
     "MagiOptions",
     "count_continued",
     "default_options",
+    "describe",
     "pick_prompts",
     "plan",
     "read_grid",
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule, check_stages
 from mc_runtime.families.magi_steps import LONGEST, MagiRun, MagiTexts
+from mc_runtime.families.magi_work import describe_work
 from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
 from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
@@ -116,6 +118,14 @@ def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[st
     branches = len(schedule.branches)
     shape = RunShape(matrix.update, (0,), branches, size, height * width, steps)
     return RunPlan((Window(0, frames, prefix, 0),), (matrix,), shape, (height, width))
+
+
+def describe(inputs: Inputs, plan: RunPlan) -> dict[str, Any]:
+    """Say what the passes of a run see, and which texts are encoded; see `Family.describe`."""
+    schedule = MagiSchedule.from_manifest(inputs.config, inputs.options)
+    prompt, null, special = (embedding.shape[1] for embedding in inputs.embeddings)
+    length = min(prompt + 2 * bool(special), schedule.max_text_tokens)
+    return describe_work(schedule, plan, length, null)
 
 
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> MagiRun:

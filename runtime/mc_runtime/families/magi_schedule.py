@@ -178,6 +178,22 @@ class MagiSchedule:
         p, q = self.history_guidance_scales[number], self.text_guidance_scales[number]
         return q, p - q, 1 - p
 
+    def takes_part(self, number: int, chunk: int, active: Mapping[int, int]) -> bool:
+        """Say whether a branch is evaluated for a chunk.
+
+        Args:
+            number: Of the branch.
+            chunk: That takes a step.
+            active: The step of every active chunk.
+
+        Returns:
+            Whether the chunk takes any of its velocity, or, where younger chunks see its keys, any
+            active chunk does.
+        """
+        readers = [chunk] if self.branches[number].alone else active
+        oldest = min(active)
+        return any(self.weights(active[reader], reader == oldest)[number] for reader in readers)
+
     def visible(self, chunk: int, step: int) -> range:
         """Return the chunks whose keys a chunk sees in a step, its own included."""
         if not self.kv_ranges:

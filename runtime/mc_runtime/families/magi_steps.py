@@ -15,8 +15,9 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/pipeline/video_generate.py; the def
 
 __all__ = ["LONGEST", "MagiRun", "MagiSteps", "MagiTexts"]
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,7 @@ class MagiSteps:
         run: Of the generation.
         window: Its latents are moved.
         passes: The run's, on the window's clock.
+        guidance: The run's schedule, without the guidance that the policy drops.
         memories: Keys and values by branch, where the engines run.
         decisions: What the policy makes of the run.
         embedded: By chunk, its embedded latents in the step before.
@@ -116,6 +118,7 @@ class MagiSteps:
     run: MagiRun
     window: Window
     passes: Passes = field(init=False)
+    guidance: MagiSchedule = field(init=False)
     memories: list[Any] = field(init=False)
     decisions: Decisions = field(init=False)
     embedded: dict[int, Values] = field(default_factory=dict)
@@ -134,6 +137,11 @@ class MagiSteps:
             config.rope.tables(size, *grid, first_frame=chunk * size)
             for chunk in range(window.chunks)
         ]
+        self.guidance = schedule
+        if schedule.nearly_clean_timestep is not None and (
+            not run.switches.nearly_clean or self._mixes_elsewhere
+        ):
+            self.guidance = replace(schedule, nearly_clean_timestep=math.inf)  # no time is beyond
         kept = schedule.kept_chunks(window.chunks, window.prefix // size)
         self.memories = [
             self.passes.open_branch(
@@ -208,12 +216,11 @@ class MagiSteps:
         self, chunk: int, x: Values, rows: NDArray[np.intp], active: Mapping[int, int]
     ) -> Rows:
         """The guided velocity of the tokens that are recomputed, shape (K, ph*pw*c)."""
-        run, window = self.run, self.window
-        weights = {number: self._weights(number, active) for number in active}
+        window, schedule = self.window, self.guidance
+        weights = schedule.weights(active[chunk], chunk == min(active))
         guided = np.zeros((len(rows), 1), np.float32)
-        for number, branch in enumerate(run.schedule.branches):
-            readers = [chunk] if branch.alone else active  # of its keys, in this row
-            if not any(weights[reader][number] for reader in readers):
+        for number, branch in enumerate(schedule.branches):
+            if not schedule.takes_part(number, chunk, active):
                 continue
             window.write_pass(
                 number, chunk, Mode.of(len(rows), window.shape.tokens), self._padded(len(rows))
@@ -222,22 +229,15 @@ class MagiSteps:
             if len(rows):
                 with window.timed(number, chunk):
                     velocity = self._velocity(number, branch, chunk, x, rows, active)
-                guided = guided + np.float32(weights[chunk][number]) * velocity
+                guided = guided + np.float32(weights[number]) * velocity
         return guided
-
-    def _weights(self, chunk: int, active: Mapping[int, int]) -> tuple[float, ...]:
-        """How much of each branch's velocity a chunk takes in this row."""
-        schedule, oldest = self.run.schedule, chunk == min(active)
-        if not self.run.switches.nearly_clean or self._mixes_elsewhere:
-            oldest = False
-        return schedule.weights(active[chunk], oldest)
 
     @property
     def _mixes_elsewhere(self) -> bool:
         """Whether nearly clean velocities go where the published cache puts them."""
         chosen = self.run.switches
-        alone = self.run.schedule.branches[-1].alone and len(self.memories) == 2
-        return alone and chosen.nearly_clean and not chosen.mix_own_chunk
+        guided = len(self.run.schedule.branches) == 2
+        return guided and chosen.nearly_clean and not chosen.mix_own_chunk
 
     def _mix_published(
         self, chunk: int, x: Values, plan: Plan, velocity: Rows, active: Mapping[int, int]

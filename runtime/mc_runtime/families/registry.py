@@ -13,6 +13,7 @@ _SKYREELS = Family(
     continued=skyreels.count_continued,
     plan=skyreels.plan,
     prompts=skyreels.pick_prompts,
+    describe=skyreels.describe,
     start=skyreels.start,
 )
 _MAGI = Family(
@@ -23,6 +24,7 @@ _MAGI = Family(
     continued=magi.count_continued,
     plan=magi.plan,
     prompts=magi.pick_prompts,
+    describe=magi.describe,
     start=magi.start,
     tables=("null_text", "special_tokens"),
 )

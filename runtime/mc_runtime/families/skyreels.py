@@ -13,6 +13,7 @@ __all__ = [
     "SkyreelsSteps",
     "count_continued",
     "default_options",
+    "describe",
     "pick_prompts",
     "plan",
     "read_grid",
@@ -132,6 +133,11 @@ class SkyreelsRun:
             self.histories = [{} for _ in self.contexts]
         shown = _show_prefix(self.options, window.latents[:, : cut.prefix], window.number)
         return SkyreelsSteps(self, window, shown)
+
+
+def describe(inputs: Inputs, plan: RunPlan) -> dict[str, Any]:
+    """Say how long the text of each branch is; see `Family.describe`."""
+    return {"text_tokens": [embedding.shape[1] for embedding in inputs.embeddings]}
 
 
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> SkyreelsRun:
