@@ -20,8 +20,10 @@ from mc_engines.errors import CheckpointError
 from mc_engines.published import MAGI, published_name
 from mc_export.magi_components import null_caption, transformer_components
 from mc_export.magi_config import describe_transformer, transformer_tensors
+from mc_export.parity import require_parity
 from mc_export.random_source import RandomSource
 from mc_export.tensor_source import SafetensorsSource
+from mc_export.write_component import write_component
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = dict(MAGI["magi-4.5b"].transformer) | dict(
@@ -364,3 +366,23 @@ def test_every_export_is_proved_on_the_same_inputs():
     for name, inputs in once.items():
         for key, value in inputs.items():
             np.testing.assert_array_equal(value, again[name][key], f"{name}: {key}")
+
+
+# ---- graphs
+
+
+@pytest.mark.parametrize(
+    ("component", "change"),
+    [
+        ("block", dict(gated_linear_unit=True, num_attention_heads=6, apply_layernorm_1p=False)),
+        ("timestep", dict(params_dtype="torch.bfloat16", distill=True)),
+    ],
+)
+def test_graphs_of_what_the_golden_cases_lack_equal_their_modules(tmp_path, component, change):
+    """Six heads that share two of keys, a gated feed-forward; sinusoids that are rounded."""
+    _, _, sources = make(**change)
+    _, rows = write_component(sources[component], tmp_path, None, "fp32")
+    require_parity(rows)
+    expected = {"fp32", "fp16", "bf16", "fp32-mha"} if component == "block" else {"fp32"}
+    assert {row.form for row in rows} == expected
+    assert not any(row.own_error for row in rows)

@@ -13,7 +13,8 @@ from mc_engines.errors import CheckpointError, ParityError
 from mc_export import write_component as module
 from mc_export.component import ComponentSource
 from mc_export.islands import narrow
-from mc_export.layers import RmsNorm
+from mc_export.layers import Linear, RmsNorm
+from mc_export.magi import Head
 from mc_export.onnx_export import export_component
 from mc_export.parity import (
     TOLERANCES,
@@ -24,7 +25,6 @@ from mc_export.parity import (
 )
 from mc_export.passes.set_precision import set_precision
 from mc_export.passes.store_weights import StoredWeights
-from mc_export.skyreels import Linear
 from mc_export.write_component import write_component
 
 
@@ -283,3 +283,16 @@ def test_islands_stay_float32_in_a_narrowed_module():
     norm = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["norm.weight"]
     torch.testing.assert_close(y, norm.bfloat16(), rtol=2**-8, atol=0)
     assert small.up.weight.dtype == torch.float32, "the original is left alone"
+
+
+def test_what_lies_inside_an_island_belongs_to_it():
+    """Also a module that is none, and an island: nothing is rounded on the way."""
+    torch.manual_seed(0)
+    head = Head(dim=16, patch_channels=5, epsilon=1e-6).eval()
+    nn.init.normal_(head.project.weight)
+    x = torch.randn(1, 3, 16)
+    narrowed = narrow(head, torch.bfloat16)
+    assert narrowed.project.weight.dtype == torch.float32
+    with torch.no_grad():
+        expected = head(x.bfloat16().float())
+        torch.testing.assert_close(narrowed(x.bfloat16()), expected.bfloat16(), rtol=0, atol=0)
