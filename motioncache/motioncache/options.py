@@ -10,7 +10,7 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-_KINDS = {int: "a whole number", float: "a number", NoneType: "none"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "none"}
 
 
 def parse_options(config_type: type, pairs: Iterable[str]) -> dict[str, Any]:
@@ -61,6 +61,8 @@ def format_options(config: Any) -> list[str]:
 def _format(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_format, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value is None else str(value)
 
 
@@ -83,6 +85,8 @@ def _convert(text: str, kind: Any) -> Any:
         return {choice: choice for choice in get_args(kind)}[text]
     if kind is NoneType:
         return {"none": None}[text]
+    if kind is bool:
+        return {"true": True, "false": False}[text]
     return kind(text)
 
 

@@ -157,6 +157,7 @@ def main(
     target = _choose_target(target_psnr, target_speedup)
     texts = PROMPTS if prompts is None else read_prompts(prompts, least=2)
     pipeline = VideoPipeline.from_bundle(bundle, threads)
+    pipeline.family.require("mc-calibrate")
     key = _check_preset(pipeline, policy, name, overwrite)
     policy_options = _parse_policy_options(policy, policy_option)
     decode = _check_frames(pipeline, target)

@@ -23,6 +23,7 @@ from mc_engines.errors import BundleError, EngineError, MissingExtraError
 from mc_engines.onnxruntime_providers import Provider, try_provider
 from mc_engines.specs import PRECISIONS
 from mc_runtime.device_passes import ON_DEVICE
+from mc_runtime.families.family import ENGINES
 from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_options, limit_video
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.versions import find_version
@@ -118,7 +119,9 @@ def examine(
     }
     for backend in BACKENDS:
         can[backend] = can["cpu"] and gpu is not None and backend in versions
-    if pipeline is not None:
+    if pipeline is not None and ENGINES in pipeline.family.not_yet:
+        can |= dict.fromkeys(BACKENDS, False)
+    elif pipeline is not None:
         store = EngineStore(pipeline.bundle, engines)
         limits = limit_video(choose_options(pipeline.default_options, sizes))
         findings += _examine_engines(store, limits, gpu, versions)

@@ -34,6 +34,7 @@ from mc_engines.building.library import BACKENDS
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.specs import PRECISIONS
+from mc_runtime.families.family import ENGINES, Family
 from mc_runtime.families.magi_schedule import MagiOptions
 from mc_runtime.options import GenerationOptions
 
@@ -161,11 +162,12 @@ _DEVICE_FLAGS = (
 )
 
 
-def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> DeviceOptions | None:
+def choose_device(values: Mapping[str, Any], family: Family, options: Any) -> DeviceOptions | None:
     """Read the flags of `device_flags`.
 
     Args:
         values: Of the flags.
+        family: Of the model.
         options: Of the run, whose sizes the engines have to take.
 
     Returns:
@@ -173,6 +175,7 @@ def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> Devi
 
     Raises:
         UsageError: A flag for engines without a backend that has any.
+        ValueError: The family is not driven on a GPU yet.
     """
     names = "dtype", "engines", "max_vram", "device"
     given = [name for name in names if values[name] is not None]
@@ -181,6 +184,7 @@ def choose_device(values: Mapping[str, Any], options: GenerationOptions) -> Devi
             flag = given[0].replace("_", "-")
             raise click.UsageError(f"--{flag} is for engines. Add --backend {BACKENDS[0]}.")
         return None
+    family.require(ENGINES)
     most = None if values["max_vram"] is None else values["max_vram"] * _MEGABYTE
     return DeviceOptions(
         values["backend"],

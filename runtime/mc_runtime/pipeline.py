@@ -26,6 +26,7 @@ from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Arrays, Runner
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
+from mc_runtime.families.family import ENGINES
 from mc_runtime.families.registry import FAMILIES
 from mc_runtime.generation import Generation, Progress, generate_chunks
 from mc_runtime.inputs import Inputs, check_array, check_policy
@@ -77,7 +78,11 @@ class VideoPipeline:
 
         Args:
             options: Which engines, and for which sizes.
+
+        Raises:
+            ValueError: The family is not driven on a GPU yet.
         """
+        self.family.require(ENGINES)
         self._device_options = options
 
     @opened_once

@@ -1,8 +1,9 @@
 """The schedule of a run that has not begun, step by step, as far as motion does not decide it.
 
 On SkyReels-V2 the distances depend on the timesteps and the frame rate alone: `measure_distances`
-has them before the run, and `motioncache.forecast` follows the policy. `mc-inspect --policy` prints
-what comes out.
+has them before the run, and `motioncache.forecast` follows the policy. On MAGI-1 they depend on
+what is generated: what is known are the steps that ask for none. `mc-inspect --policy` prints what
+comes out.
 """
 
 __all__ = ["Line", "Schedule", "forecast_schedule"]
@@ -19,16 +20,14 @@ from numpy.typing import NDArray
 
 from mc_runtime.distances import measure_distances
 from mc_runtime.inputs import check_policy
-from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.sampler import sigma_table
 from motioncache import DistanceTable, Plan, Policy, RunShape
 from motioncache.config import switches
 from motioncache.distance import rescale
-from motioncache.forecast import forecast_chunk, forecast_window
+from motioncache.forecast import forecast_chunk, forecast_unmeasured, forecast_window
 from motioncache.motion import MotionCacheConfig
 
-Decision = Literal["full", "reuse", "depends on motion"]
+Decision = Literal["full", "reuse", "depends on motion", "depends on content"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Line:
         row: Of the run, from 0; None where every chunk has the same schedule.
         steps: The step, from 1; in a row, that of each chunk that is active in it.
         timesteps: What the model is told in each of `steps`.
-        distance: Relative change of the modulation since the step or row before.
+        distance: Relative change of the modulation since the step or row before; None where it is
+            not known before the run.
         rescaled: Of the distance, below 0 where the polynomial is; None where it does not count.
         accumulated: What is compared with the threshold; None where nothing is, or not known.
         decision: What happens to the tokens. A chunk's first step is full in any case.
@@ -47,8 +47,8 @@ class Line:
 
     row: int | None
     steps: tuple[int, ...]
-    timesteps: tuple[int, ...]
-    distance: float
+    timesteps: tuple[float, ...]
+    distance: float | None
     rescaled: float | None
     accumulated: float | None
     decision: Decision
@@ -62,7 +62,8 @@ class Line:
         numbers = self.distance, self.rescaled, self.accumulated
         starts = self.decision != "full" and 1 in self.steps
         return [
-            *(" ".join(map(str, dict.fromkeys(each))) for each in (self.steps, self.timesteps)),
+            " ".join(map(str, dict.fromkeys(self.steps))),
+            " ".join(f"{timestep:.4g}" for timestep in dict.fromkeys(self.timesteps)),
             *("-" if number is None else f"{number:.4f}" for number in numbers),
             self.decision + (", first step full" if starts else ""),
         ]
@@ -79,7 +80,7 @@ class Schedule:
     """
 
     policy: Policy
-    options: GenerationOptions
+    options: Any
     lines: tuple[Line, ...]
 
     @property
@@ -94,7 +95,7 @@ class Schedule:
             "steps": len(decisions),
             "full": decisions.count("full"),
             "reuse": decisions.count("reuse"),
-            "not_known": decisions.count("depends on motion"),
+            "not_known": sum(decision.startswith("depends") for decision in decisions),
         }
 
     def negative(self) -> list[int]:
@@ -136,7 +137,7 @@ class Schedule:
 def forecast_schedule(
     pipeline: VideoPipeline,
     policy: Policy,
-    options: GenerationOptions,
+    options: Any,
     note: Callable[[str], None] = warnings.warn,
 ) -> Schedule:
     """Follow a policy through a run without running it.
@@ -156,7 +157,9 @@ def forecast_schedule(
     """
     shape = pipeline.plan(options).shape
     check_policy(policy, shape, note)
-    timesteps = sigma_table(options.num_inference_steps, options.flow_shift, options.sigma_table)[1]
+    timesteps = pipeline.family.timesteps(options, pipeline.bundle.manifest.config)
+    if pipeline.family.measures_inputs:
+        return Schedule(policy, options, tuple(_follow_unmeasured(policy, shape, timesteps)))
     table = measure_distances(pipeline, options)
     follow = _follow_chunk if policy.scope == "chunk" else _follow_rows
     return Schedule(policy, options, tuple(follow(policy, shape, timesteps, table)))
@@ -179,6 +182,17 @@ def _follow_chunk(
             _accumulated(plan),
             _decision(plan),
         )
+
+
+def _follow_unmeasured(
+    policy: Policy, shape: RunShape, timesteps: NDArray[np.float32]
+) -> Iterator[Line]:
+    plans = {step.number: step.plan for step in forecast_unmeasured(policy, shape)}
+    if _forces_last(policy):
+        plans.setdefault(shape.steps, Plan.full(shape.tokens))
+    for number, timestep in enumerate(timesteps.tolist(), start=1):
+        decision: Decision = "full" if number in plans else "depends on content"
+        yield Line(None, (number,), (timestep,), None, None, None, decision)
 
 
 def _follow_rows(
@@ -222,6 +236,8 @@ def _accumulated(plan: Plan | None) -> float | None:
 def _forces_last(policy: Policy) -> bool:
     """Whether the last step is full whatever moves."""
     config = policy.config
+    if policy.switches is not None:
+        return bool(policy.switches.force_last_step)
     return isinstance(config, MotionCacheConfig) and switches(config.compat).force_last_step
 
 

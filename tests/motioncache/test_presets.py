@@ -6,6 +6,7 @@ import pytest
 
 from motioncache import Preset, choose_policy, make_policy
 from motioncache.flowcache import FlowCacheConfig
+from motioncache.magi_motion import MagiMotionCacheConfig
 from motioncache.motion import MotionCacheConfig
 from motioncache.options import format_options, parse_options
 from motioncache.presets import PUBLISHED, list_presets
@@ -99,6 +100,10 @@ def test_options_alone_are_enough():
     [
         FlowCacheConfig(threshold=1 / 3, coefficients=(-5.21862437e4, 1e-17)),
         MotionCacheConfig(threshold=0.1, coefficients=(1.0,), vote_threshold=None),
+        MagiMotionCacheConfig(threshold=0.1, chunk_threshold=0.2),
+        MagiMotionCacheConfig(
+            threshold=0.1, chunk_threshold=0.2, token_distance=True, vote_frames=4
+        ),
     ],
 )
 def test_options_round_trip(config):

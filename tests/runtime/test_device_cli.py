@@ -19,6 +19,7 @@ from mc_engines.device.cuda import Gpu
 from mc_engines.onnxruntime_providers import create_session
 from mc_runtime import generate_cli
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
+from mc_runtime.families.registry import FAMILIES
 from mc_runtime.flags import choose_device
 from mc_runtime.generate_cli import main
 from mc_runtime.options import GenerationOptions
@@ -109,7 +110,7 @@ def test_it_is_said_whether_weights_stay_or_are_streamed(tiny_bundle, tmp_path, 
 
 def test_a_megabyte_is_a_million_bytes_as_in_every_message():
     values = {"backend": "tensorrt", "max_vram": 7, "dtype": None, "engines": None, "device": None}
-    assert choose_device(values, GenerationOptions()).max_vram == 7_000_000
+    assert choose_device(values, FAMILIES["skyreels"], GenerationOptions()).max_vram == 7_000_000
 
 
 def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder, driver):

@@ -162,6 +162,7 @@ def _check_outputs(
 
 def _prepare(pipeline: VideoPipeline, values: dict[str, Any], say: Callable[[str], None]) -> Bench:
     """Settle what is run, and refuse what cannot be."""
+    pipeline.family.require("mc-bench")
     bench = Bench(
         pipeline,
         choose_policies(pipeline, values["policies"], values["policy_option"]),

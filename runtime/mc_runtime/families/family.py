@@ -3,11 +3,13 @@
 Neighbours: `registry` has the families; `VideoPipeline` and `generate_chunks` ask them.
 """
 
-__all__ = ["Family", "Prompts", "Run"]
+__all__ = ["ENGINES", "Family", "Prompts", "Run"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from mc_runtime.denoise import Steps, Window
 from mc_runtime.inputs import Inputs, NamedText, Prompt
@@ -17,6 +19,7 @@ from mc_runtime.schedule import LatentGrid
 from mc_runtime.schedule import Window as WindowPlan
 from motioncache import Policy
 
+ENGINES = "engines on a GPU"
 Prompts = Callable[[Prompt, Prompt, RunPlan], Sequence[NamedText]]
 
 
@@ -41,7 +44,11 @@ class Family:
         continued: From the frames of a given video and the options to how many are continued.
         plan: From options, latent frames that are given, grid and config to the plan of the run;
             refuses, with ValueError, what cannot be generated.
+        timesteps: From options and config to what the model is told in each step of a chunk.
+        measures_inputs: Whether the distances of steps are measured on the embedded latents, so
+            that they are not known before the run; else they are those of the modulation.
         prompts: From prompt and negative prompt to the texts that are encoded, under their names.
+        not_yet: Commands, and `engines on a GPU`, that do not take bundles of the family yet.
         tables: Of the bundle, that a run takes besides the texts.
         describe: What a trace has to say of a run, for those who count its work (`count_work`).
         start: Begins a run, with a policy that has accepted its shape.
@@ -53,7 +60,22 @@ class Family:
     guided: Callable[[Any], bool]
     continued: Callable[[int, Any], int]
     plan: Callable[[Any, int, LatentGrid, Mapping[str, Any]], RunPlan]
+    timesteps: Callable[[Any, Mapping[str, Any]], NDArray[Any]]
+    measures_inputs: bool
     prompts: Prompts
     describe: Callable[[Inputs, RunPlan], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
     tables: tuple[str, ...] = ()
+    not_yet: tuple[str, ...] = ()
+
+    def require(self, what: str) -> None:
+        """Refuse what does not take bundles of the family yet.
+
+        Raises:
+            ValueError: With what it is.
+        """
+        if what in self.not_yet:
+            raise ValueError(
+                f"{what}: expected a bundle of another family, got one of {self.name}, for which "
+                "it is not there yet. Use mc-generate and mc-inspect on the CPU."
+            )

@@ -12,6 +12,7 @@ __all__ = [
     "count_continued",
     "default_options",
     "describe",
+    "list_timesteps",
     "pick_prompts",
     "plan",
     "read_grid",
@@ -60,6 +61,11 @@ def count_continued(frames: int, options: MagiOptions) -> int:
     raise ValueError(
         "video: expected none, as bundles of MAGI-1 have no VAE yet, got one. Leave it out."
     )
+
+
+def list_timesteps(options: MagiOptions, config: Mapping[str, Any]) -> NDArray[np.float32]:
+    """List the time of every step, 0 to 1; see `Family.timesteps`."""
+    return MagiSchedule.from_manifest(config, options).timesteps[:-1]
 
 
 def pick_prompts(positive: Prompt, negative: Prompt, plan: RunPlan) -> Sequence[NamedText]:

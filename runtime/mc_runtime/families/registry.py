@@ -3,7 +3,7 @@
 __all__ = ["FAMILIES"]
 
 from mc_runtime.families import magi, skyreels
-from mc_runtime.families.family import Family
+from mc_runtime.families.family import ENGINES, Family
 
 _SKYREELS = Family(
     name="skyreels",
@@ -12,6 +12,8 @@ _SKYREELS = Family(
     guided=lambda options: options.guidance_scale > 1,
     continued=skyreels.count_continued,
     plan=skyreels.plan,
+    timesteps=skyreels.list_timesteps,
+    measures_inputs=False,
     prompts=skyreels.pick_prompts,
     describe=skyreels.describe,
     start=skyreels.start,
@@ -23,9 +25,12 @@ _MAGI = Family(
     guided=lambda options: False,
     continued=magi.count_continued,
     plan=magi.plan,
+    timesteps=magi.list_timesteps,
+    measures_inputs=True,
     prompts=magi.pick_prompts,
     describe=magi.describe,
     start=magi.start,
     tables=("null_text", "special_tokens"),
+    not_yet=(ENGINES, "mc-calibrate", "mc-bench"),
 )
 FAMILIES = {family.name: family for family in (_SKYREELS, _MAGI)}

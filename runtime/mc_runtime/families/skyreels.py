@@ -14,6 +14,7 @@ __all__ = [
     "count_continued",
     "default_options",
     "describe",
+    "list_timesteps",
     "pick_prompts",
     "plan",
     "read_grid",
@@ -41,6 +42,7 @@ from mc_runtime.sampler import (
     init_sampler,
     sampler_step,
     sampler_table,
+    sigma_table,
 )
 from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.schedule import Window as WindowPlan
@@ -77,6 +79,11 @@ def plan(
     """Lay out a run; see `Family.plan`."""
     validate_options(options, prefix, grid)
     return plan_run(options, prefix, grid)
+
+
+def list_timesteps(options: GenerationOptions, config: Mapping[str, Any]) -> NDArray[np.int64]:
+    """List the timestep of every step, 0 to 999; see `Family.timesteps`."""
+    return sigma_table(options.num_inference_steps, options.flow_shift, options.sigma_table)[1]
 
 
 def pick_prompts(positive: Prompt, negative: Prompt, plan: RunPlan) -> Sequence[NamedText]:
