@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_runtime.bench.devices import DEVICES
-from mc_runtime.bench.predict import Efficiency, describe_model
+from mc_runtime.bench.predict import Efficiency
+from mc_runtime.bench.predicted_model import describe_model
 from mc_runtime.bench.roofline import EngineCosts, Limits, Schedule, predict_run
 from mc_runtime.flops import Job, published_causal_work, vanilla_work
 from mc_runtime.options import GenerationOptions

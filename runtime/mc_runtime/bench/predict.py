@@ -1,53 +1,55 @@
 """What a generation would take on a device that is not here: a model, and it says so.
 
-`describe_model` reads a bundle or a published configuration, `predict` walks the schedule over the
-roofline and plans the memory. Neighbours: `mc-bench predict` asks and prints.
+`predict` walks the schedule over the roofline. Neighbours: `predicted_model` reads a bundle or a
+published configuration, `memory_plan` says what lies in memory, `mc-bench predict` asks and prints.
 """
 
 __all__ = [
-    "DTYPES",
     "MODEL_NOTE",
     "Efficiency",
-    "Model",
     "Request",
     "choose_dtype",
-    "describe_model",
     "predict",
 ]
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 from typing import Any
 
-from mc_engines.bundle import Bundle
+import numpy as np
+
 from mc_engines.errors import require
-from mc_engines.published import PUBLISHED
-from mc_engines.run_sizes import TEXT_TOKENS, RunSizes, WindowShape, plan_run_sizes
+from mc_engines.run_sizes import TEXT_TOKENS
 from mc_runtime.bench.devices import THIS_CPU, Device, find_device
+from mc_runtime.bench.memory_plan import (
+    DTYPES,
+    USABLE,
+    MemoryPlan,
+    find_ways_to_fit,
+    plan_memory,
+)
+from mc_runtime.bench.predicted_model import Model
 from mc_runtime.bench.reference import measure_rates
 from mc_runtime.bench.roofline import EngineCosts, Limits, RunTime, Schedule, predict_run
-from mc_runtime.flops import Job, ModelFlops, vanilla_work
+from mc_runtime.flops import Job, vanilla_work
 from mc_runtime.options import GenerationOptions
-from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.run_plan import RunPlan, plan_run
-from mc_runtime.schedule import LatentGrid, validate_options
+from mc_runtime.schedule import validate_options
 from motioncache import DecisionTrace
 
 SCHEMA = "motioncache.prediction/v1"
 MODEL_NOTE = (
     "A model, not a measurement. Every call of an engine takes as long as its operations or its "
     "bytes, whichever is longer; nothing overlaps, nothing waits, and a launch costs nothing, so "
-    "small models look too fast. Text encoder, VAE, sampler and what crosses to the host are not "
-    "in it."
+    "small models look too fast. The time of text encoder, VAE, sampler and of copies to the host "
+    "is not in it."
 )
-USABLE = 0.95  # of a memory; the rest is the driver's and other programs', assumed
-# Bytes of a weight, bytes of an activation, the type in which activations are multiplied.
-DTYPES = {
-    "fp32": (4, 4, "fp32"),
-    "bf16": (2, 2, "bf16"),
-    "fp16": (2, 2, "fp16"),
-    "fp8": (1, 2, "bf16"),
-}
+# Settings that decide when which chunk takes a step.
+_SCHEDULE = (
+    *("num_frames", "num_inference_steps", "guidance_scale", "ar_step"),
+    *("causal_block_size", "base_num_frames", "overlap_history"),
+)
+_RECORDED = "windows", "options", "text_tokens"  # what a trace has to say of its run
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,15 @@ class Efficiency:
     """What share of a device's rates the estimate counts on.
 
     Attributes:
-        flops: Of matrix products. The cached runs published for SkyReels-V2 on an A800 reach 0.39
-            to 0.44 of its rate.
-        bandwidth: Of memory; assumed.
+        flops: Of matrix products. Published PFLOPs over published seconds, for SkyReels-V2 DF-1.3B
+            at 540P on an A800, are 0.39 to 0.40 of its rate in the cached runs of MotionCache's
+            table 1, and 0.39 and 0.44 in FlowCache's. Uncached, with the operations that such a run
+            takes, it is 0.34. Nothing was measured on another device.
+        bandwidth: Of memory; assumed, measured nowhere.
     """
 
     flops: float = 0.40
     bandwidth: float = 0.75
-
-
-@dataclass(frozen=True)
-class Model:
-    """What of a model a prediction needs.
-
-    Attributes:
-        name: Of the bundle's folder or the published configuration.
-        flops: Operations of its parts.
-        heads: Of its attention.
-        grid: Pixels per latent and latents per token.
-        defaults: Of a generation.
-    """
-
-    name: str
-    flops: ModelFlops
-    heads: int
-    grid: LatentGrid
-    defaults: GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -104,40 +89,6 @@ class Request:
     efficiency: Efficiency = Efficiency()
 
 
-def describe_model(name: str) -> Model:
-    """Read what is known of a model.
-
-    Args:
-        name: Folder of a bundle, or a published configuration such as skyreels-df-1.3b-540p.
-
-    Returns:
-        The model.
-
-    Raises:
-        BundleError: The bundle is damaged.
-        ValueError: There is neither a folder nor a configuration of that name.
-    """
-    published = PUBLISHED.get(name)
-    if published is None:
-        if not Path(name).is_dir():
-            raise ValueError(
-                f"{name}: expected a bundle or one of {', '.join(PUBLISHED)}, got neither. "
-                "Pass the folder that mc-export wrote, or one of these names."
-            )
-        pipeline = VideoPipeline(Bundle.open(name))
-        config = pipeline.bundle.manifest.config["transformer"]
-        flops = ModelFlops.from_manifest(config)
-        return Model(name, flops, config["heads"], pipeline.grid, pipeline.default_options)
-    config = published.transformer
-    return Model(
-        name,
-        ModelFlops.from_published(config),
-        config["num_attention_heads"],
-        LatentGrid(spatial_factor=published.spatial_factor, patch_size=config["patch_size"]),
-        GenerationOptions(height=published.height, width=published.width),
-    )
-
-
 def predict(model: Model, request: Request) -> dict[str, Any]:
     """Predict the time and the memory of a generation.
 
@@ -154,8 +105,9 @@ def predict(model: Model, request: Request) -> dict[str, Any]:
     """
     device = _find(request.device)
     rate, attention = _rates(request.device, device, request.dtype)
-    validate_options(request.options, 0, model.grid)
-    plan = plan_run(request.options, 0, model.grid)
+    prefix = 0 if request.trace is None else _read_prefix(request.trace)
+    validate_options(request.options, prefix, model.grid)
+    plan = plan_run(request.options, prefix, model.grid)
     weight_bytes, value_bytes, _ = DTYPES[request.dtype]
     slots = plan.shape.tokens * plan.shape.active.shape[1]
     costs = EngineCosts(model.flops, slots, weight_bytes, value_bytes)
@@ -180,7 +132,7 @@ def predict(model: Model, request: Request) -> dict[str, Any]:
         },
         "work": asdict(run.total) | {"bytes": run.total.bytes},
         "frames_per_second": request.options.num_frames / run.seconds[1],
-        "memory": _memory(model, request, plan, costs, device),
+        "memory": _memory(model, request, prefix, device),
     }
 
 
@@ -215,15 +167,53 @@ def _schedule(plan: RunPlan, request: Request) -> Schedule:
         text = (TEXT_TOKENS,) * plan.shape.branches
         computed = 1.0 if request.computed is None else request.computed
         return Schedule.of_plan(plan, text, computed)
-    recorded = Schedule.of_trace(request.trace)
-    expected = (len(plan.shape.active), plan.shape.branches, plan.shape.active.shape[1])
-    if recorded.mode.shape != expected:
+    _check_trace(request.trace, plan, request.options)
+    return Schedule.of_trace(request.trace).resize(plan.shape.tokens)
+
+
+def _read_prefix(trace: DecisionTrace) -> int:
+    """Read from a trace which video its run continued.
+
+    Returns:
+        Latent frames of it, 0 without one.
+
+    Raises:
+        ValueError: The trace does not say what its run was, or the run was interrupted.
+    """
+    missing = [name for name in _RECORDED if name not in trace.run]
+    if missing or trace.run.get("interrupted"):
+        lack = f"without {', '.join(missing)}" if missing else "of an interrupted one"
         raise ValueError(
-            f"trace: expected {' x '.join(map(str, expected))} rows, branches and chunks, got "
-            f"{' x '.join(map(str, recorded.mode.shape))}. Pass the frames, steps and guidance of "
-            "the run it is of."
+            f"trace: expected that of a whole run, got one {lack}. "
+            "Pass a file that mc-generate --trace wrote."
         )
-    return recorded.resize(plan.shape.tokens)
+    return int(trace.run["windows"][0]["prefix"])
+
+
+def _check_trace(trace: DecisionTrace, plan: RunPlan, options: GenerationOptions) -> None:
+    """Hold what was recorded against what is asked for: the same chunks take the same steps.
+
+    Raises:
+        ValueError: With the settings that differ.
+    """
+    shape = plan.shape
+    if (
+        trace.run["windows"] == [asdict(window) for window in plan.windows]
+        and trace.mode.shape[1] == shape.branches
+        and np.array_equal(trace.recompute[:, 0, :, 0] >= 0, shape.active)
+    ):
+        return
+    asked, recorded = asdict(options), trace.run["options"]
+    others = [name for name in _SCHEDULE if recorded.get(name) != asked[name]]
+    flags = " ".join(f"--{name.replace('_', '-')} {recorded.get(name)}" for name in others)
+    raise ValueError(
+        f"trace: expected a run with {_list_settings(asked, others)}, got one with "
+        f"{_list_settings(recorded, others)}. Pass {flags or 'the settings of the run'}."
+    )
+
+
+def _list_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {settings.get(name)}" for name in names) or "other steps"
 
 
 def _computed(schedule: Schedule, none: Schedule) -> float:
@@ -247,67 +237,31 @@ def _vanilla(plan: RunPlan, costs: EngineCosts, limits: Limits) -> dict[str, dic
     return {"total": _both(seconds, seconds / limits.flops_efficiency)}
 
 
-def _memory(
-    model: Model, request: Request, plan: RunPlan, costs: EngineCosts, device: Device
-) -> dict[str, Any]:
+def _memory(model: Model, request: Request, prefix: int, device: Device) -> dict[str, Any]:
     """What has to lie in the device's memory, whether it fits, and what would make it fit."""
-    chunks = plan.shape.active.shape[1]
-    here = _plan_memory(model, costs, plan.shape.tokens, chunks, plan.shape.branches)
-    fits = here.peak <= USABLE * device.memory
+    options, dtype = request.options, request.dtype
+    plan = plan_memory(model, options, dtype, prefix=prefix)
+    fits, sizes = plan.fits(device), plan.transformer
+    ways = [] if fits else find_ways_to_fit(model, options, dtype, device, prefix)
     return {
         "capacity": device.memory,
         "usable_share": USABLE,
         "shared_with_host": device.shared_memory,
         "fits": fits,
-        "peak": here.peak,
-        "weights": here.weights,
-        "kv_cache": here.kv,
-        "prompt_keys": here.context,
-        "residuals": here.residual,
-        "activations": here.pass_fused,
-        "ways_to_fit": [] if fits else _ways_to_fit(model, request, plan, costs, device),
+        "peak": plan.peak,
+        "weights": sizes.weights,
+        "kv_cache": sizes.kv,
+        "prompt_keys": sizes.context,
+        "residuals": sizes.residual,
+        "activations": sizes.pass_fused,
+        "text_encoder": plan.text_encoder,
+        "vae": plan.vae,
+        "left_out": _list_left_out(plan),
+        "ways_to_fit": [asdict(way) for way in ways],
     }
 
 
-def _plan_memory(
-    model: Model,
-    costs: EngineCosts,
-    chunk_tokens: int,
-    chunks: int,
-    branches: int,
-    streamed: bool = False,
-) -> RunSizes:
-    """The memory of a run; streamed weights are those of two layers."""
-    f, weights = costs.flops, costs.transformer_bytes
-    shape = WindowShape(
-        f.layers, model.heads, f.dim, f.ffn_dim, chunk_tokens, chunk_tokens * chunks, branches
-    )
-    if streamed:
-        weights = 2 * costs.block(0, 0, 0).weights
-    return plan_run_sizes(
-        shape, value_bytes=costs.value_bytes, weights=weights, decode=0, fused=True
-    )
-
-
-def _ways_to_fit(
-    model: Model, request: Request, plan: RunPlan, costs: EngineCosts, device: Device
-) -> list[dict[str, Any]]:
-    """Changes after which a run fits, the mildest first; at most three."""
-    chunks, branches = plan.shape.active.shape[1], plan.shape.branches
-    streaming = "streamed weights (--max-vram)"
-    changes = [(streaming, chunks, branches, True)]
-    if branches > 1:
-        changes.append(("no guidance (--guidance-scale 1)", chunks, 1, False))
-    for fewer in range(chunks - 1, 1, -1):
-        latents = fewer * request.options.causal_block_size
-        frames = (latents - 1) * model.grid.temporal_factor + 1
-        shorter = f"shorter windows (--base-num-frames {frames})"
-        changes.append((shorter, fewer, branches, False))
-        changes.append((f"{shorter} and {streaming}", fewer, branches, True))
-    peaks = {
-        text: _plan_memory(model, costs, plan.shape.tokens, count, kept, streamed).peak
-        for text, count, kept, streamed in changes
-    }
-    most = USABLE * device.memory
-    fitting = [{"change": text, "peak": peak} for text, peak in peaks.items() if peak <= most]
-    return fitting[:3]
+def _list_left_out(plan: MemoryPlan) -> list[str]:
+    """What the plan has no size of."""
+    left = ["text encoder"] if plan.text_encoder is None else ["activations of the text encoder"]
+    return [*left, "VAE" if plan.vae is None else "activations of the VAE"]

@@ -12,14 +12,14 @@ from rich.console import Console
 
 from mc_engines.command import command
 from mc_runtime.bench.devices import DEVICES, THIS_CPU
+from mc_runtime.bench.memory_plan import DTYPES
 from mc_runtime.bench.predict import (
-    DTYPES,
     Efficiency,
     Request,
     choose_dtype,
-    describe_model,
     predict,
 )
+from mc_runtime.bench.predicted_model import describe_model
 from mc_runtime.bench.tables import print_tables
 from mc_runtime.display import open_console
 from mc_runtime.flags import FILE, INPUT, choose_options, setting_options
@@ -39,6 +39,17 @@ _SETTINGS = {
     "causal_block_size": "Latent frames of a chunk.",
     "base_num_frames": "Frames of a window.",
     "overlap_history": "Frames that a window takes over.",
+}
+_PARTS = {
+    "weights": "weights",
+    "kv_cache": "kv cache",
+    "prompt_keys": "prompt keys",
+    "residuals": "residuals",
+    "activations": "activations",
+    "text_encoder": "text encoder, a layer before the keys",
+    "vae": "VAE, weights and states",
+    "peak": "peak",
+    "capacity": "capacity",
 }
 _RUNS = {"policy": "this run", "none": "nothing skipped", "vanilla": "every chunk in every row"}
 
@@ -131,29 +142,34 @@ def _time_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def _memory_rows(report: Mapping[str, Any]) -> list[list[str]]:
     memory = report["memory"]
-    parts = ("weights", "kv_cache", "prompt_keys", "residuals", "activations", "peak", "capacity")
-    return [[part.replace("_", " "), f"{memory[part] / 1e9:.2f}"] for part in parts]
+    return [
+        [title, "not known" if memory[part] is None else f"{memory[part] / 1e9:.4g}"]
+        for part, title in _PARTS.items()
+    ]
 
 
 def _verdict(memory: Mapping[str, Any]) -> list[str]:
     """Whether it fits, and else what would make it fit."""
     shared = ", which the host shares" if memory["shared_with_host"] else ""
     usable = f"{memory['usable_share']:.0%} of the memory{shared}"
+    without = f"without {' and '.join(memory['left_out'])}, whose sizes are not known"
     if memory["fits"]:
-        return [f"It fits into {usable}."]
+        return [f"It fits into {usable}, {without}."]
     if not memory["ways_to_fit"]:
-        return [f"It does not fit into {usable}, not even in short windows with streamed weights."]
+        return [f"It does not fit into {usable}, nor with all changes that were tried."]
     ways = [
-        f"It would with {way['change']}: {way['peak'] / 1e9:.2f} GB."
+        f"It would with {way['change']}: {way['peak'] / 1e9:.4g} GB."
         for way in memory["ways_to_fit"]
     ]
-    return [f"It does not fit into {usable}.", *ways]
+    return [f"It does not fit into {usable}, even {without}.", *ways]
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader has to know before believing a number."""
     rates, efficiency = report["rates"], report["efficiency"]
     return [
+        "The peak is that with engines of all parts; without one, text encoder and VAE run on the "
+        "CPU.",
         report["note"],
         f"Rates: {rates['flops'] / 1e12:.4g} TFLOP/s with weights, "
         f"{rates['attention_flops'] / 1e12:.4g} in attention, "

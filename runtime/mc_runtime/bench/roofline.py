@@ -74,12 +74,14 @@ class EngineCosts:
     weight_bytes: int
     value_bytes: int
 
-    @property
-    def transformer_bytes(self) -> int:
-        """Weights of all matrices of the transformer, but those of the timesteps."""
+    def held_weights(self, layers: int) -> int:
+        """Count the bytes of all matrices that are in memory with so many layers of the blocks."""
+        # The keys of a prompt are made layer by layer, each with weights that are gone when the
+        # next is there. Those of the timesteps stay on the host.
         f = self.flops
         ends = (f.patch_in + f.patch_out + f.text_dim + f.dim) * f.dim
-        return (f.layers * (8 * f.dim**2 + 2 * f.dim * f.ffn_dim) + ends) * self.weight_bytes
+        block = 6 * f.dim**2 + 2 * f.dim * f.ffn_dim
+        return (layers * block + 2 * f.dim**2 + ends) * self.weight_bytes
 
     def embed(self, tokens: int) -> Call:
         """Patches to tokens."""
