@@ -196,7 +196,7 @@ def load_finite(source: TensorSource, name: str) -> Tensor:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read what a configuration holds by name.
 
     Args:
         file: Where it lies.

@@ -33,7 +33,7 @@ PUBLISHED_NAMES = [name for models in PUBLISHED_BY_FAMILY.values() for name in m
     type=click.Choice([*PUBLISHED_BY_FAMILY, *PUBLISHED_NAMES]),
     required=True,
     help="Family, or one of its published models; skyreels-mini comes with this package. Of magi "
-    "the transformer is exported, and mc-generate does not run it yet.",
+    "the transformer alone is exported.",
 )
 @click.option(
     "--checkpoint",
@@ -65,16 +65,13 @@ def main(
     for module, extra in (("onnxruntime", "cpu"), ("torch", "export"), ("onnxscript", "export")):
         require(module, extra)
     family, opened = _open(model, checkpoint)
-    for part, consequence in family.lacks.items():
-        if getattr(opened, part) is None:
-            click.echo(f"{part}: not in {opened.path}, skipped: {consequence}.", err=True)
+    for name, consequence in family.missing(opened).items():
+        click.echo(f"{name}: not in {opened.path}, skipped: {consequence}.", err=True)
     if dry_run:
         click.echo(family.plan(opened, _stored_type(opened, dtype), model, video))
         return
     assert output is not None  # held above
     _export(opened, output, dtype, overwrite, quiet, model if model in PUBLISHED_NAMES else None)
-    if family.note:
-        click.echo(family.note, err=True)
 
 
 def _open(model: str, path: Path | None) -> "tuple[Family, Checkpoint]":

@@ -29,13 +29,11 @@ class Table:
     Attributes:
         name: What it is, in the words of a report.
         file: Its path in the bundle.
-        part: Whose tensors it is made of.
         load: Loads its tensors by name.
     """
 
     name: str
     file: str
-    part: Part
     load: Callable[[], dict[str, Tensor]]
 
 
@@ -55,10 +53,9 @@ class Family:
             there are: for a progress bar.
         describe: The manifest's `config`, of a checkpoint and the name of its published
             configuration.
-        lacks: By part that a checkpoint may lack, what cannot be done without it.
+        missing: By name of what a checkpoint lacks, what cannot be done without it.
         plan: What `mc-export --dry-run` prints, of a checkpoint, the type that its weights are to
             be stored in, the name that was asked for, and the sizes of a video.
-        note: What there is to know about a bundle of this family; empty where nothing is.
     """
 
     accepted: str
@@ -69,6 +66,5 @@ class Family:
     tables: Callable[[Checkpoint], list[Table]]
     layers: Callable[[Checkpoint], tuple[int, int]]
     describe: Callable[[Checkpoint, str | None], dict[str, Any]]
-    lacks: Mapping[str, str]
+    missing: Callable[[Checkpoint], dict[str, str]]
     plan: Callable[[Checkpoint, torch.dtype, str, VideoSizes], str]
-    note: str = ""

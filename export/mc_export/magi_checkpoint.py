@@ -6,11 +6,21 @@ back. Nothing is read here but the configuration and headers.
 Source: SandAI-org/MAGI-1 6ff822e, inference/common/config.py and inference/infra/checkpoint.
 """
 
-__all__ = ["ACCEPTED_LAYOUT", "load_magi_checkpoint"]
+__all__ = [
+    "ACCEPTED_LAYOUT",
+    "SPECIAL_TOKENS_FILE",
+    "load_magi_checkpoint",
+    "load_special_tokens",
+]
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from mc_engines.errors import CheckpointError
 from mc_engines.published import MAGI
@@ -20,10 +30,13 @@ from mc_export.tensor_source import SafetensorsSource
 ACCEPTED_LAYOUT = (
     "config.json (a file of SandAI-org/MAGI-1's example folder, under this name) and beside it "
     "inference_weight/, or inference_weight.distill/ for a distilled model, with *.safetensors "
-    "(from the folder of the same model in sand-ai/MAGI-1 on the Hugging Face hub)"
+    "(from the folder of the same model in sand-ai/MAGI-1 on the Hugging Face hub); and, for the "
+    "special tokens of prompts, special_tokens.npz (of the example folder's assets)"
 )
+SPECIAL_TOKENS_FILE = "special_tokens.npz"
 
 CHUNK_FRAMES = 6
+SPECIAL_TOKENS = 20
 _MODEL_KEYS = next(iter(MAGI.values())).transformer.keys() - {"distill"}
 _RUNTIME_KEYS = (
     *("cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales"),
@@ -37,6 +50,7 @@ _SECTIONS = {
     "runtime_config": _RUNTIME_KEYS,
     "engine_config": _ENGINE_KEYS,
 }
+_FROM_ASSETS = "Take the file from the example folder's assets."
 _FROM_EXAMPLE = "Take config.json from where the weights come from."
 
 
@@ -74,6 +88,35 @@ def load_magi_checkpoint(path: Path) -> Checkpoint:
         scheduler=runtime | engine,
         family="magi",
     )
+
+
+def load_special_tokens(file: Path, text_dim: int) -> dict[str, Tensor]:
+    """Load the embeddings that stand before a prompt, and say what is wanted of the video.
+
+    Args:
+        file: The original's `special_tokens.npz`.
+        text_dim: Channels of the text embedding.
+
+    Returns:
+        `embedding`, shape (20, text_dim), float16, to which the original rounds it: row 1 asks for
+        quality, rows 7 to 14 say that 1 to 8 chunks are left.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds something else.
+    """
+    try:
+        with np.load(file) as arrays, np.errstate(over="ignore"):  # refused below
+            tokens = arrays["other_tokens"].astype(np.float16)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise CheckpointError(
+            f"{file}: expected an npz with other_tokens, got {error}. {_FROM_ASSETS}"
+        ) from error
+    if tokens.shape != (SPECIAL_TOKENS, text_dim) or not np.isfinite(tokens).all():
+        raise CheckpointError(
+            f"{file}: expected finite other_tokens of shape ({SPECIAL_TOKENS}, {text_dim}), got "
+            f"{tokens.shape}. {_FROM_ASSETS}"
+        )
+    return {"embedding": torch.from_numpy(tokens)}
 
 
 def _read_sections(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The adapter of MAGI-1: its transformer; text encoder and autoencoder are not exported yet.
+"""The adapter of MAGI-1: its transformer and its special tokens.
 
-Neighbours: `magi_checkpoint` opens a checkpoint, `magi_components` makes the graphs; `families`
-lists this adapter.
+Text encoder and autoencoder are not exported yet. Neighbours: `magi_checkpoint` opens a checkpoint,
+`magi_components` makes the graphs; `families` lists this adapter.
 """
 
 __all__ = ["MAGI_FAMILY"]
@@ -15,13 +15,25 @@ import torch
 from mc_export.checkpoint import Checkpoint, Part
 from mc_export.component import ComponentSource
 from mc_export.family import Family, Table, VideoSizes
-from mc_export.magi_checkpoint import ACCEPTED_LAYOUT, load_magi_checkpoint
+from mc_export.magi_checkpoint import (
+    ACCEPTED_LAYOUT,
+    SPECIAL_TOKENS_FILE,
+    load_magi_checkpoint,
+    load_special_tokens,
+)
 from mc_export.magi_components import null_caption, transformer_components
 from mc_export.magi_config import describe_transformer, transformer_tensors
 from mc_export.size_plan import plan_components, render_components
 from mc_export.tensor_source import Shape
 
 NULL_TEXT = "weights/null_text.safetensors"
+SPECIAL_TOKENS = "weights/special_tokens.safetensors"
+_CONSEQUENCES = {
+    "text_encoder": "the T5 of this family is not exported yet; generate from --prompt-embeds",
+    "tokenizer": "prompts cannot be encoded; generate from --prompt-embeds",
+    "vae": "the autoencoder of this family is not exported yet; generate with --save-latents",
+    SPECIAL_TOKENS_FILE: "prompts go without what asks for quality and says how much video is left",
+}
 # By name in the manifest, the key of the official configuration.
 _SCHEDULE = {
     "num_inference_steps": "num_steps",
@@ -51,8 +63,13 @@ def _components(checkpoint: Checkpoint) -> Iterator[tuple[Part, ComponentSource]
 
 
 def _tables(checkpoint: Checkpoint) -> list[Table]:
-    part = checkpoint.transformer
-    return [Table("null_text", NULL_TEXT, part, partial(null_caption, part.config, part.tensors))]
+    config, tensors = checkpoint.transformer.config, checkpoint.transformer.tensors
+    tables = [Table("null_text", NULL_TEXT, partial(null_caption, config, tensors))]
+    file = checkpoint.path / SPECIAL_TOKENS_FILE
+    if file.is_file():
+        load = partial(load_special_tokens, file, config["caption_channels"])
+        tables.append(Table("special_tokens", SPECIAL_TOKENS, load))
+    return tables
 
 
 def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -80,6 +97,14 @@ def _describe_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     return schedule | {"clean_kv_range": last if clean == -1 else clean}
 
 
+def _missing(checkpoint: Checkpoint) -> dict[str, str]:
+    """All but the transformer: `load_magi_checkpoint` opens nothing else."""
+    missing = dict(_CONSEQUENCES)
+    if (checkpoint.path / SPECIAL_TOKENS_FILE).is_file():
+        del missing[SPECIAL_TOKENS_FILE]
+    return missing
+
+
 def _plan(checkpoint: Checkpoint, dtype: torch.dtype, model: str, video: VideoSizes) -> str:
     sources = (source for _, source in _components(checkpoint))
     tables = {table.name: table.load() for table in _tables(checkpoint)}
@@ -97,11 +122,6 @@ MAGI_FAMILY = Family(
     tables=_tables,
     layers=_layers,
     describe=_describe,
-    lacks={
-        "text_encoder": "the T5 of this family is not exported yet",
-        "tokenizer": "it belongs to the text encoder",
-        "vae": "the autoencoder of this family is not exported yet",
-    },
+    missing=_missing,
     plan=_plan,
-    note="mc-generate does not run bundles of this family yet.",
 )

@@ -36,7 +36,11 @@ from mc_export.wan_vae_components import describe_vae, vae_components, vae_tenso
 CHUNK_FRAMES = 5
 TOKEN_TABLE = "weights/text_embed.safetensors"
 MAX_TEXT_TOKENS = 512  # that the transformer was trained with (SkyReels-V2, text_len)
-_NO_PROMPTS = "prompts cannot be encoded; generate from --prompt-embeds"
+_CONSEQUENCES = {
+    "text_encoder": "prompts cannot be encoded; generate from --prompt-embeds",
+    "tokenizer": "prompts cannot be encoded; generate from --prompt-embeds",
+    "vae": "latents cannot be decoded; generate with --save-latents",
+}
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Shape]]:
@@ -69,7 +73,7 @@ def _tables(checkpoint: Checkpoint) -> list[Table]:
     part = checkpoint.text_encoder
     if part is None:
         return []
-    return [Table("text_embed", TOKEN_TABLE, part, text_embedding_table(part.tensors))]
+    return [Table("text_embed", TOKEN_TABLE, text_embedding_table(part.tensors))]
 
 
 def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -91,6 +95,12 @@ def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
     if name is not None:
         config["video"] = {"height": PUBLISHED[name].height, "width": PUBLISHED[name].width}
     return config
+
+
+def _missing(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        part: words for part, words in _CONSEQUENCES.items() if getattr(checkpoint, part) is None
+    }
 
 
 def _max_tokens(tokenizer: Path | None) -> int:
@@ -131,10 +141,6 @@ SKYREELS_FAMILY = Family(
     tables=_tables,
     layers=_layers,
     describe=_describe,
-    lacks={
-        "text_encoder": _NO_PROMPTS,
-        "tokenizer": _NO_PROMPTS,
-        "vae": "latents cannot be decoded; generate with --save-latents",
-    },
+    missing=_missing,
     plan=_plan,
 )

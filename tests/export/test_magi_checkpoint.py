@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -16,7 +17,11 @@ from mc_export import write_component
 from mc_export.checkpoint import load_checkpoint
 from mc_export.cli import main
 from mc_export.export_bundle import count_steps, export_bundle
-from mc_export.magi_checkpoint import ACCEPTED_LAYOUT, load_magi_checkpoint
+from mc_export.magi_checkpoint import (
+    ACCEPTED_LAYOUT,
+    load_magi_checkpoint,
+    load_special_tokens,
+)
 from mc_export.parity import Comparison
 from mc_export.size_plan import plan_components
 
@@ -294,8 +299,49 @@ def test_a_published_name_is_held_against_the_checkpoint(tmp_path):
     )
 
 
-def test_the_command_says_what_becomes_of_the_bundle(quick, tmp_path):
+def test_the_command_exports_the_transformer_and_says_so(quick, tmp_path):
     result = run("--model", "magi", "--checkpoint", GOLDEN / "magi-a", "-o", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
-    assert result.stderr.endswith("mc-generate does not run bundles of this family yet.\n")
-    assert Bundle.open(tmp_path / "bundle").manifest.family == "magi"
+    for part in ("text_encoder", "tokenizer", "vae", "special_tokens.npz"):
+        assert f"{part}: not in {GOLDEN / 'magi-a'}, skipped: " in result.stderr
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert (manifest.family, manifest.missing) == ("magi", ("text_encoder", "tokenizer", "vae"))
+    assert "weights/special_tokens.safetensors" not in manifest.files
+
+
+# ---- special tokens
+
+
+def write_tokens(folder: Path, tokens: np.ndarray, name: str = "other_tokens") -> Path:
+    np.savez(folder / "special_tokens.npz", **{name: tokens})
+    return folder / "special_tokens.npz"
+
+
+def test_special_tokens_are_taken_along_as_the_original_rounds_them(quick, tmp_path):
+    tokens = np.load(GOLDEN / "magi-a/inputs.npz")["special_tokens"]
+    folder = write(tmp_path / "checkpoint")
+    write_tokens(folder, tokens)
+    words: list[str] = []
+    checkpoint = load_magi_checkpoint(folder)
+    export_bundle(checkpoint, tmp_path / "bundle", report=words.append)
+    assert len(words) == len(set(words)) == count_steps(checkpoint) == 20
+    stored = Bundle.open(tmp_path / "bundle").map_tensors("weights/special_tokens.safetensors")
+    np.testing.assert_array_equal(stored["embedding"], tokens.astype(np.float16))
+    result = run("--model", "magi", "--checkpoint", folder, "--dry-run")
+    assert "special_tokens.npz" not in result.stderr
+    assert f"{20 * 32}" in next(x for x in result.stdout.splitlines() if "special_tokens" in x)
+
+
+def test_special_tokens_of_another_kind_are_refused(tmp_path):
+    for tokens, name, message in (
+        (np.ones((20, 8)), "other_tokens", "shape (20, 32), got (20, 8). "),
+        (np.full((20, 32), 1e9), "other_tokens", "finite other_tokens of shape (20, 32), got (20"),
+        (np.ones((20, 32)), "tokens", "an npz with other_tokens, got 'other_tokens is not a file"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load_special_tokens(write_tokens(tmp_path, tokens, name), 32)
+        assert message in str(error.value)
+        assert str(error.value).endswith("Take the file from the example folder's assets.")
+    (tmp_path / "special_tokens.npz").write_bytes(b"PK\3\4 no npz")
+    with pytest.raises(CheckpointError, match=r"expected an npz with other_tokens, got "):
+        load_special_tokens(tmp_path / "special_tokens.npz", 32)
