@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from tiny_checkpoint import make_tiny_checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from mc_export.checkpoint import load_checkpoint
 from mc_export.diffusers_baseline import SHARED_OPTIONS, WindowNoise
 from mc_export.export_bundle import export_bundle
+from mc_export.families import FAMILIES
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule import WAN_GRID
@@ -38,13 +38,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def export(tmp_path_factory) -> Callable[[Path], Path]:
+def export(tmp_path_factory) -> Callable[..., Path]:
     """Export a checkpoint's folder, once a session; return the bundle's."""
 
     @cache
-    def export(checkpoint: Path) -> Path:
+    def export(checkpoint: Path, family: str = "skyreels") -> Path:
         target = tmp_path_factory.mktemp("bundles") / f"{checkpoint.name}.bundle"
-        export_bundle(load_checkpoint(checkpoint), target)
+        export_bundle(FAMILIES[family].load(checkpoint), target)
         return target
 
     return export

@@ -262,7 +262,7 @@ class VideoPipeline:
         noise = self._noise(latents, chosen)
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         embeddings = [self.embed_text(*pair, note) for pair in self.family.prompts(*texts, plan)]
-        embeddings += [self._read_table(name) for name in self.family.tables]
+        embeddings += [self._read_table(name, note) for name in self.family.tables]
         first = self._encode_prefix(video, chosen)
         model = self.bundle.manifest.config, self.bundle.model_hash
         inputs = Inputs(tuple(embeddings), noise, first, chosen, *model)
@@ -354,10 +354,11 @@ class VideoPipeline:
         check_array("latents", latents, self._latent_shape(frames, options))
         return latents
 
-    def _read_table(self, name: str) -> Embedding:
+    def _read_table(self, name: str, note: Callable[[str], None]) -> Embedding:
         """A table of embeddings that the family wants, shape (1, T, text_dim); T may be 0."""
         file = f"weights/{name}.safetensors"
         if file not in self.bundle.manifest.files:
+            note(f"{name}: expected a table in the bundle, got none. The prompt goes without.")
             return np.zeros((1, 0, self.bundle.manifest.config["transformer"]["text_dim"]), "f4")
         return self.bundle.map_tensors(file)["embedding"][None].astype(np.float32)
 

@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from mc_export.cli import main as export
 from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule, timestep_table
 from mc_runtime.families.magi_work import plan_uncached
 from mc_runtime.flops import ModelFlops, count_work
@@ -61,24 +59,20 @@ class Case(NamedTuple):
         return latents, generation.trace
 
 
-@pytest.fixture(scope="session", params=["magi-a", "magi-b"])
-def golden(request, tmp_path_factory):
-    return open_case(request.param, tmp_path_factory)
+@pytest.fixture(scope="module", params=["magi-a", "magi-b"])
+def golden(request, export):
+    return open_case(request.param, export)
 
 
-@pytest.fixture(scope="session")
-def distilled(tmp_path_factory):
-    return open_case("magi-a", tmp_path_factory)
+@pytest.fixture(scope="module")
+def distilled(export):
+    return open_case("magi-a", export)
 
 
-def open_case(name, tmp_path_factory):
-    folder, target = GOLDEN / name, tmp_path_factory.getbasetemp() / f"{name}.bundle"
-    if not target.exists():
-        command = ["--model", "magi", "--checkpoint", str(folder), "-o", str(target), "--quiet"]
-        result = CliRunner().invoke(export, command)
-        assert result.exit_code == 0, result.output
+def open_case(name, export):
+    folder = GOLDEN / name
     return Case(
-        VideoPipeline.from_bundle(target, threads=1),
+        VideoPipeline.from_bundle(export(folder, "magi"), threads=1),
         json.loads((folder / "case.json").read_text()),
         json.loads((folder / "config.json").read_text())["runtime_config"],
         dict(np.load(folder / "inputs.npz")),

@@ -1,0 +1,123 @@
+"""The commands on a bundle of MAGI-1: what they do, and how they refuse what is not there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mc_runtime import generate_cli, inspect_cli
+from mc_runtime.bench import cli as bench_cli
+from mc_runtime.calibrate_cli import main as calibrate
+from motioncache import DecisionTrace, Mode
+
+CASE = Path(__file__).parent.parent / "golden" / "magi-a"
+RULE = {"threshold": 0.06, "chunk_threshold": 0.03, "warmup_steps": 1, "coarse_steps": 5}
+POLICY = ["--policy", "motioncache"]
+for setting in RULE.items():
+    POLICY += ["--policy-option", "{}={}".format(*setting)]
+
+
+@pytest.fixture(scope="module")
+def bundle(export):
+    return str(export(CASE, "magi"))
+
+
+@pytest.fixture
+def embeds(tmp_path):
+    path = tmp_path / "embeds.npz"
+    inputs = np.load(CASE / "inputs.npz")
+    np.savez(path, prompt_embeds=inputs["caption_embs"][0][:, inputs["caption_mask"][0] > 0])
+    return ["--prompt-embeds", str(path)]
+
+
+def invoke(command, *arguments, code=0):
+    result = CliRunner().invoke(command, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def generate(bundle, *arguments, code=0):
+    return invoke(generate_cli.main, bundle, *arguments, code=code)
+
+
+def test_a_run_its_replay_and_its_repetition_are_the_same(bundle, embeds, tmp_path):
+    first, second, third = (tmp_path / f"{name}.npz" for name in ("first", "second", "third"))
+    trace = tmp_path / "run.trace"
+    generate(bundle, *embeds, *POLICY, "--trace", trace, "--save-latents", first)
+    generate(bundle, *embeds, "--replay", trace, "--save-latents", second)
+    generate(bundle, "--repeat", first.with_suffix(".json"), "--save-latents", third)
+    latents = [np.load(path)["latents"] for path in (first, second, third)]
+    assert latents[0].shape == (8, 30, 8, 12)
+    assert all(np.array_equal(latents[0], other) for other in latents)
+    recorded = json.loads(first.with_suffix(".json").read_text())
+    assert recorded["options"]["num_inference_steps"] == 16  # of the model
+    mode = DecisionTrace.load(trace).mode
+    assert {Mode.REUSE, Mode.PARTIAL, Mode.FULL, Mode.CLEAN} <= set(mode.ravel().tolist())
+
+
+def test_nearly_clean_guidance_can_be_switched_off(bundle, embeds, tmp_path):
+    kept, dropped = tmp_path / "kept.npz", tmp_path / "dropped.npz"
+    generate(bundle, *embeds, "--save-latents", kept)
+    generate(bundle, *embeds, "--no-nearly-clean", "--save-latents", dropped)
+    assert np.abs(np.load(kept)["latents"] - np.load(dropped)["latents"]).max() > 0.01
+
+
+def test_without_special_tokens_a_run_says_so(bundle, embeds, tmp_path):
+    result = generate(bundle, *embeds, "--save-latents", tmp_path / "x.npz")
+    assert "special_tokens: expected a table in the bundle, got none." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--num-inference-steps", 10], "expected a multiple of 4, the chunks of a window, got 10"),
+        (["--num-frames", 100], "num_frames: expected a multiple of 24, got 100. Use 96 or 120."),
+        (["--height", 72], "height: expected a multiple of 16, got 72. Use 64 or 80."),
+        (["--guidance-scale", 3], "guidance_scale: expected a setting of this model (num_frames,"),
+        (["--negative-prompt", "x"], "negative_prompt: expected none, as MAGI-1 is guided away"),
+        (["--policy", "teacache"], "policy: expected one of none, flowcache, motioncache, got"),
+        (["--backend", "tensorrt-rtx"], "engines on a GPU: expected a bundle of another family"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(bundle, embeds, tmp_path, arguments, problem):
+    output = tmp_path / "x.npz"
+    result = generate(bundle, *embeds, *arguments, "--save-latents", output, code=2)
+    assert problem in result.stderr
+    assert not output.exists()
+
+
+def test_a_setting_of_this_family_is_none_of_the_other(tiny_bundle, tmp_path):
+    command = ["--prompt", "x", "--no-nearly-clean", "--save-latents", tmp_path / "x.npz"]
+    result = generate(str(tiny_bundle), *command, code=2)
+    assert "nearly_clean: expected a setting of this model (num_frames, height," in result.stderr
+
+
+def test_what_is_known_of_a_schedule_ends_with_the_warmup(bundle):
+    result = invoke(inspect_cli.main, bundle, *POLICY, "--json")
+    schedule = json.loads(result.stdout)
+    decisions = [line["decision"] for line in schedule["lines"]]
+    # steps 0 and 1, and the last, which is forced
+    assert decisions == ["full"] * 2 + ["depends on content"] * 13 + ["full"]
+    assert schedule["totals"]["not_known"] == 13
+
+
+def test_without_a_policy_everything_is_known(bundle):
+    result = invoke(inspect_cli.main, bundle, "--policy", "none", "--json")
+    assert json.loads(result.stdout)["totals"] == {
+        "steps": 16, "full": 16, "reuse": 0, "not_known": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "name"),
+    [
+        (calibrate, [], "mc-calibrate"),
+        (bench_cli.main, ["run", "--engines"], "mc-bench"),
+        (bench_cli.main, ["run", "--policies", "none"], "mc-bench"),
+    ],
+)
+def test_commands_that_are_not_there_yet_say_so(bundle, command, arguments, name):
+    result = invoke(command, *arguments[:1], bundle, *arguments[1:], code=2)
+    assert f"{name}: expected a bundle of another family, got one of magi" in result.stderr
