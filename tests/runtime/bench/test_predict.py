@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from mc_runtime.bench import reference
+from mc_runtime.bench import predicted_model, reference
 from mc_runtime.bench.cli import main
 from mc_runtime.bench.devices import DEVICES
 from mc_runtime.bench.memory_plan import DTYPES, find_ways_to_fit, plan_memory
@@ -214,6 +215,14 @@ def test_a_trace_that_does_not_say_enough_is_refused(changes: dict[str, Any], me
     trace = DecisionTrace.empty(plan.shape, kept)
     with pytest.raises(ValueError, match=message):
         predict(MODEL, Request(SHORT, "a800", "bf16", trace=trace))
+
+
+def test_a_bundle_of_another_family_is_refused(tiny_bundle, monkeypatch) -> None:
+    bundle = VideoPipeline.from_bundle(tiny_bundle).bundle
+    other = replace(bundle, manifest=replace(bundle.manifest, family="magi"))
+    monkeypatch.setattr(predicted_model, "Bundle", SimpleNamespace(open=lambda _: other))
+    message = "expected a bundle of the family skyreels, got magi. Time it with mc-bench run."
+    assert message in run(tiny_bundle, "--device=a800", code=2)
 
 
 @pytest.mark.parametrize(
