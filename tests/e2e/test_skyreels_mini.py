@@ -36,8 +36,9 @@ def test_the_bundle_knows_its_name_its_size_and_its_presets(mini) -> None:
     assert "motioncache:calibrated" in mini.bundle.manifest.presets
 
 
-def test_it_shows_the_colour_that_the_prompt_names(uncached) -> None:
-    assert judge_clip(uncached.frames).colour == "red"
+def test_it_shows_what_the_prompt_says(uncached) -> None:
+    verdict = judge_clip(uncached.frames)
+    assert (verdict.colour, verdict.shape, verdict.direction) == ("red", "circle", "left")
 
 
 def test_the_schedule_saves_work_and_keeps_the_picture(mini, uncached) -> None:
