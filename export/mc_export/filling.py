@@ -3,7 +3,7 @@
 Neighbours: `skyreels_components` and `magi_components`, which use it.
 """
 
-__all__ = ["Load", "Tensors", "fill_module", "make_drawer"]
+__all__ = ["Load", "Tensors", "empty_module", "fill_module", "make_drawer"]
 
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +19,20 @@ Tensors: TypeAlias = dict[str, Tensor]
 def make_drawer() -> Callable[..., Tensor]:
     """Return what draws normal samples, one after the other, the same in every export."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(0))
+
+
+def empty_module(module: nn.Module) -> nn.Module:
+    """Let the parameters of a module be zeros that take no memory.
+
+    Args:
+        module: Whose weights will be given to it whenever it runs: layer by layer.
+
+    Returns:
+        The module, in eval mode. Its parameters have their shapes, and cannot be written to.
+    """
+    for parameter in module.parameters():
+        parameter.data = torch.zeros(()).expand(parameter.shape)
+    return module.eval()
 
 
 def fill_module(module: nn.Module, weights: Tensors) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
-from mc_export.filling import Load, Tensors, fill_module, make_drawer
+from mc_export.filling import Load, Tensors, empty_module, fill_module, make_drawer
 from mc_export.magi import Block, Context, Embed, Head, Motion, TextProjection, Timestep
 from mc_export.magi_config import MagiConfig
 from mc_export.tensor_source import TensorSource
@@ -95,7 +95,7 @@ def _context(c: MagiConfig, load: Load) -> ComponentSource:
 
     return ComponentSource(
         "context",
-        Context(b.dim, b.key_heads, b.head_dim, b.epsilon).eval(),
+        empty_module(Context(b.dim, b.key_heads, b.head_dim, b.epsilon)),
         {"text": draw(1, 7, b.dim)},
         {"text": {1: "T"}},
         ("cross_k", "cross_v"),
@@ -168,7 +168,7 @@ def _block(c: MagiConfig, load: Load) -> ComponentSource:
     }
     return ComponentSource(
         "block",
-        Block(b).eval(),
+        empty_module(Block(b)),
         inputs,
         sizes,
         ("y", "k_new", "v_new"),

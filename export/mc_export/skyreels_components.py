@@ -20,7 +20,7 @@ from torch import Tensor
 from mc_engines.errors import CheckpointError
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
-from mc_export.filling import Load, Tensors, fill_module, make_drawer
+from mc_export.filling import Load, Tensors, empty_module, fill_module, make_drawer
 from mc_export.skyreels import (
     ROPE_THETA,
     Block,
@@ -212,7 +212,7 @@ def _context(c: _Config, load: Load) -> ComponentSource:
 
     return ComponentSource(
         "context",
-        Context(c.dim, c.heads, c.epsilon).eval(),
+        empty_module(Context(c.dim, c.heads, c.epsilon)),
         {"text": draw(1, 7, c.dim)},
         {"text": {1: "T"}},
         ("cross_k", "cross_v"),
@@ -283,7 +283,7 @@ def _block(c: _Config, load: Load) -> ComponentSource:
     }
     return ComponentSource(
         "block",
-        Block(c.dim, c.ffn_dim, c.heads, c.epsilon).eval(),
+        empty_module(Block(c.dim, c.ffn_dim, c.heads, c.epsilon)),
         inputs,
         tokens,
         ("y", "k_new", "v_new"),

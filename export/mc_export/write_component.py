@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
@@ -192,10 +193,10 @@ def _prove(written: _Written) -> list[Comparison]:
     rows: list[Comparison] = []
     with tempfile.TemporaryDirectory(dir=written.folder, prefix=".twin-") as scratch:
         for form in written.spec.graphs:
-            runner, weights_form = _runner(written, form, Path(scratch))
+            runner = _runner(written, form, Path(scratch))
             inputs = _inputs(written.source, runner)
             for layer, reference in expected.items():
-                got = runner.run(inputs, _weights(draft, name, layer, weights_form))
+                got = runner.run(inputs, _weights(draft, name, layer, form))
                 compared = compare_outputs(name, form, layer, got, reference, written.source.depth)
                 rows += _allow_own_error(written, form, layer, compared, reference)
     return rows
@@ -239,22 +240,28 @@ def _reference(
     return {key: value.float().numpy() for key, value in zip(source.outputs, results, strict=True)}
 
 
-def _runner(written: _Written, form: str, scratch: Path) -> tuple[OnnxRuntimeRunner, str]:
-    """Load a form for the CPU, and say in which form it takes its weights; bf16 by its twin."""
+def _runner(written: _Written, form: str, scratch: Path) -> OnnxRuntimeRunner:
+    """Load a form for the CPU; bf16 by its twin."""
     graph = written.spec.graphs[form]
     path = written.folder / graph.file
     if form != "bf16":
-        return OnnxRuntimeRunner(graph, path, threads=2), form
-    twin, path = round_bf16(ir.load(path)), scratch / "twin.onnx"
-    ir.save(twin, path, external_data="twin.onnx.data")
+        return OnnxRuntimeRunner(graph, path, threads=2)
     weights = frozenset(spec.name for spec in graph.weights)
-    return OnnxRuntimeRunner(_graph_spec(path.name, twin, weights), path, threads=2), "fp32"
+    twin, path = round_bf16(ir.load(path), weights), scratch / "twin.onnx"
+    ir.save(twin, path, external_data="twin.onnx.data")
+    return OnnxRuntimeRunner(_graph_spec(path.name, twin, weights), path, threads=2)
 
 
 def _weights(
     draft: Bundle, component: str, layer: int | None, form: str
 ) -> dict[str, Array] | None:
-    return None if layer is None else draft.layer_weights(component, layer, form)
+    """A layer's weights as a form takes them; the twin of bf16 takes its in float32."""
+    if layer is None:
+        return None
+    weights = draft.layer_weights(component, layer, form)
+    if form == "bf16":
+        return {name: weight.astype(np.float32) for name, weight in weights.items()}
+    return weights
 
 
 def _inputs(source: ComponentSource, runner: OnnxRuntimeRunner) -> dict[str, Array]:

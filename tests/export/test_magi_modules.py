@@ -361,6 +361,12 @@ def test_tensors_are_loaded_when_asked_for_and_layers_keep_their_type():
             assert {weights[key].dtype for key in weights.keys() - wide} == {torch.bfloat16}
 
 
+def test_placeholders_of_layers_take_no_memory():
+    for name in ("context", "block"):
+        for key, parameter in make()[2][name].module.named_parameters():
+            assert parameter.untyped_storage().nbytes() == 4, key
+
+
 def test_every_export_is_proved_on_the_same_inputs():
     once, again = ({name: s.inputs for name, s in make()[2].items()} for _ in range(2))
     for name, inputs in once.items():

@@ -170,6 +170,15 @@ def test_every_single_rounding_can_be_seen_in_the_result(chain, name):
     assert (run(without, given) != expected).any()
 
 
+def test_an_input_that_is_rounded_already_is_taken_as_it_is(chain):
+    twin, given, expected = chain
+    model = set_precision(parse(CHAIN), "bf16", frozenset(), frozenset())
+    taken = round_bf16(model, frozenset({"x"}))
+    assert len(taken.graph) == len(twin.graph) - 2
+    rounded = given.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(run(taken, rounded), expected)
+
+
 def test_the_twins_of_a_whole_bundle_differ_in_nothing_but_the_type(tiny_bundle):
     paths = sorted((tiny_bundle / "onnx").glob("*.bf16.onnx"))
     assert len(paths) == 13

@@ -3,7 +3,8 @@
 ONNX Runtime 1.31 has no bfloat16 kernels on the CPU. In the twin every bfloat16 tensor is float32,
 rounded to bfloat16 where it is made by a Cast there and back:
 
-1. an input, and a baked weight, becomes float32 and is rounded where it enters;
+1. an input, and a baked weight, becomes float32 and is rounded where it enters; but for inputs that
+   are said to be rounded already, as weights are, which would otherwise be there three times;
 2. an output of a node becomes float32 and is rounded right after the node;
 3. a Cast to bfloat16 becomes such a pair; a Cast from bfloat16 reads float32.
 
@@ -19,11 +20,12 @@ BF16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 ROUNDING = "rounding"  # metadata key of the pair's two Casts
 
 
-def round_bf16(model: ir.Model) -> ir.Model:
+def round_bf16(model: ir.Model, rounded: frozenset[str] = frozenset()) -> ir.Model:
     """Return the twin of a bf16 model; the model is left as it is.
 
     Args:
         model: As `set_precision` returns it for bf16.
+        rounded: Inputs of the graph that bfloat16 values will be given to, in float32.
 
     Returns:
         A model without bfloat16 tensors, but for those between the two Casts of a rounding.
@@ -38,7 +40,9 @@ def round_bf16(model: ir.Model) -> ir.Model:
             value.const_value = ir.tensor(exact, name=value.name)
             value.type = ir.TensorType(FLOAT)
     for value in [*graph.inputs, *(output for node in nodes for output in node.outputs)]:
-        if value.dtype == BF16:
+        if value.dtype == BF16 and value.name in rounded:
+            value.type = ir.TensorType(FLOAT)
+        elif value.dtype == BF16:
             _round(graph, value)
     return twin
 
