@@ -103,6 +103,8 @@ def test_one_slower_engine_is_found_whatever_the_machines_speed(write) -> None:
     text = bench(*paths, code=1)
     assert "hold together in 95 of 100 repetitions or more" in text
     assert "each sample over the reference kernel of its round." in text
+    assert "The reference kernel took 1.50 times as long in the second report" in text
+    assert compare_reports(before, report(seed=1)).notes == ()
     found = json.loads(bench(*paths, "--json", code=1))
     assert found["regressed"] and found["confidence"] == pytest.approx(0.95)
 
