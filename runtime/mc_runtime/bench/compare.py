@@ -18,8 +18,8 @@ from mc_runtime.bench.schemas import find_fault
 from mc_runtime.input_file import read_json
 
 FEWEST = 5  # samples of which a median means something
-# Of the kernel's medians by round, 90th percentile over least. Quiet machines were seen at 1.1. From
-# 1.25 to 1.36, beside another program, 25 of 36 pairs of equal reports would get a false verdict.
+# Of the kernel's medians by round, 90th percentile over least. Quiet machines were seen at 1.1. At
+# 1.25 to 1.36, beside other programs, 25 of 36 pairs of equal reports would get a false verdict.
 QUIET_SPREAD = 1.2
 _NAMES = {"engines": "{name} ({backend})", "generation": "generation, {policy} ({backend})"}
 _WHAT = "a report of mc-bench run --engines or --generation"
