@@ -133,7 +133,7 @@ MAGI: Mapping[str, Published] = MappingProxyType(
     }
 )
 
-# PUBLISHED alone holds what the runtime generates with, and predicts.
+# PUBLISHED alone is SkyReels-V2: what mc-bench predicts.
 PUBLISHED_BY_FAMILY: Mapping[str, Mapping[str, Published]] = MappingProxyType(
     {"skyreels": PUBLISHED, "magi": MAGI}
 )
