@@ -64,7 +64,7 @@ class VideoPipeline:
         if bundle.manifest.family not in FAMILIES:
             raise ValueError(
                 f"{bundle.path}: expected a bundle of the family {' or '.join(FAMILIES)}, "
-                f"got {bundle.manifest.family}. Export a SkyReels-V2 checkpoint."
+                f"got {bundle.manifest.family}. Export a checkpoint of one of these."
             )
         self.family = FAMILIES[bundle.manifest.family]
         self.bundle = bundle

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mc_runtime import denoise
+from mc_runtime.families import skyreels
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.sampler import sampler_step, sampler_table
@@ -289,7 +289,7 @@ def test_weights_are_those_of_the_clean_latents_that_each_step_predicts(tiny, mo
         steps.append((velocity.copy(), latents.copy()))
         return sampler_step(table, state, velocity, latents)
 
-    monkeypatch.setattr(denoise, "sampler_step", record)
+    monkeypatch.setattr(skyreels, "sampler_step", record)
     trace = generate(tiny, make_policy("motioncache", SETTINGS["motioncache"])).trace
     sigmas = sampler_table(10, 8.0, "diffusers", "aliased").sigmas
     last, checked = {}, 0

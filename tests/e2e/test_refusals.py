@@ -137,12 +137,12 @@ def test_without_guidance_the_negative_prompt_is_not_needed(tiny):
 
 
 def test_another_family_is_refused(tiny):
-    bundle = replace(tiny.bundle, manifest=replace(tiny.bundle.manifest, family="magi"))
+    bundle = replace(tiny.bundle, manifest=replace(tiny.bundle.manifest, family="wan"))
     with pytest.raises(ValueError) as error:
         VideoPipeline(bundle)
     assert str(error.value) == (
-        f"{bundle.path}: expected a bundle of the family skyreels, got magi. "
-        "Export a SkyReels-V2 checkpoint."
+        f"{bundle.path}: expected a bundle of the family skyreels or magi, got wan. "
+        "Export a checkpoint of one of these."
     )
 
 

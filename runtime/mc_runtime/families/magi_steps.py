@@ -109,8 +109,8 @@ class MagiSteps:
         embedded: By chunk, its embedded latents in the step before.
         kept: By chunk, what a reused token moves by: velocities, or as published increments.
         started: Branches that see a chunk alone and have computed it, with that chunk.
-        borrowed: Row in which a branch with the prompt made its own keys of a finished chunk, and
-            the chunk.
+        borrowed: Rows in which a branch with the prompt made its own keys of a finished chunk, each
+            with the chunk.
         waiting: As published: a row, and the share and the nearly clean velocities that wait in it
             for the first chunk that is computed.
     """
@@ -124,7 +124,7 @@ class MagiSteps:
     embedded: dict[int, Values] = field(default_factory=dict)
     kept: dict[int, Rows] = field(default_factory=dict)
     started: set[tuple[int, int]] = field(default_factory=set)
-    borrowed: tuple[int, int] | None = None
+    borrowed: list[tuple[int, int]] = field(default_factory=list)
     waiting: tuple[int, np.float32, Rows] | None = None
 
     def __post_init__(self) -> None:
@@ -162,17 +162,18 @@ class MagiSteps:
             with window.timed(0, chunk):
                 x = self._embed(chunk)
             seen, tokens = run.schedule.visible_clean(chunk, given), self._tokens
-            for number, _ in self._with_history():
+            for number in self._with_history():
                 window.write_pass(number, chunk, Mode.CLEAN, self._padded(window.shape.tokens))
                 with window.timed(number, chunk):
                     self._compute(number, chunk, x, tokens, _CLEAN, View(seen, run.texts.null))
-        if len(self._with_history()) > 1:
-            self.borrowed = window.row, chunk
+        self.borrowed.append((window.row, chunk))
+        self.embedded.pop(chunk, None)
+        self.kept.pop(chunk, None)
 
-    def _with_history(self) -> list[tuple[int, MagiBranch]]:
-        """The branches that see chunks before, with their numbers."""
+    def _with_history(self) -> list[int]:
+        """The branches that see chunks before."""
         branches = enumerate(self.run.schedule.branches)
-        return [(number, branch) for number, branch in branches if not branch.alone]
+        return [number for number, branch in branches if not branch.alone]
 
     def take_step(self, chunk: int, active: Mapping[int, int]) -> None:
         """Take one Euler step of a chunk, with guidance; see `Steps.take_step`."""
@@ -193,11 +194,11 @@ class MagiSteps:
 
     def _give_back_keys(self) -> None:
         """After the row of a clean pass, take over what the branch without the prompt wrote."""
-        if self.borrowed is None or self.borrowed[0] == self.window.row:
-            return
-        prompted, plain = (number for number, _ in self._with_history())
-        self.passes.copy_keys(self.memories[plain], self.memories[prompted], self.borrowed[1])
-        self.borrowed = None
+        *prompted, plain = (self.memories[number] for number in self._with_history())
+        while self.borrowed and self.borrowed[0][0] < self.window.row:
+            _, chunk = self.borrowed.pop(0)
+            for memory in prompted:
+                self.passes.copy_keys(plain, memory, chunk)
 
     def _embed(self, chunk: int) -> Values:
         latents = self.window.latents[:, self.window.frames_of(chunk)]
