@@ -267,7 +267,7 @@ def test_the_help_states_the_default_target_and_asks_for_a_small_size():
     text = " ".join(calibrate("--help").stdout.split())
     assert "computed from the traces. Default: 2." in text
     assert "Choose a small --height, --width and --num-frames" in text
-    assert "[default: 50]" in text
+    assert "[default: (50)]" in text
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES["skyreels"] if name != "none"])
