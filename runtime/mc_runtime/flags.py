@@ -22,12 +22,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 from mc_engines.building.bounds import VideoLimits
 from mc_engines.building.library import BACKENDS
@@ -46,7 +43,7 @@ ONNXRUNTIME_BACKENDS: dict[str, Provider] = {  # of ONNX Runtime, by backend
     "onnxruntime-cuda": "cuda",
     "onnxruntime-tensorrt-rtx": "nv-tensorrt-rtx",
 }
-Options = TypeVar("Options", bound="DataclassInstance")
+Options = TypeVar("Options", GenerationOptions, MagiOptions)
 _MEGABYTE = 10**6
 _OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
 _HELP = {
