@@ -90,7 +90,8 @@ class _Job:
     def make_policy(self, threshold: float, coefficients: tuple[float, ...]) -> Policy:
         """Bind a threshold and coefficients."""
         settled = {"threshold": threshold, "coefficients": coefficients}
-        return make_policy(self.policy, {**self.policy_options, **settled})
+        family = self.pipeline.family.name
+        return make_policy(self.policy, {**self.policy_options, **settled}, family)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def main(
     pipeline = VideoPipeline.from_bundle(bundle, threads)
     pipeline.family.require("mc-calibrate")
     key = _check_preset(pipeline, policy, name, overwrite)
-    policy_options = _parse_policy_options(policy, policy_option)
+    policy_options = _parse_policy_options(pipeline.family.name, policy, policy_option)
     decode = _check_frames(pipeline, target)
     say = make_say(quiet)
     options = choose_options(pipeline.default_options, settings)
@@ -209,8 +210,8 @@ def _check_preset(pipeline: VideoPipeline, policy: str, name: str, overwrite: bo
     return key
 
 
-def _parse_policy_options(policy: str, pairs: Sequence[str]) -> dict[str, Any]:
-    options = parse_options(POLICIES["skyreels"][policy].config_type, pairs)
+def _parse_policy_options(family: str, policy: str, pairs: Sequence[str]) -> dict[str, Any]:
+    options = parse_options(POLICIES[family][policy].config_type, pairs)
     for field in _SETTLED:
         if field in options:
             raise ValueError(

@@ -54,6 +54,7 @@ class Window:
         prefix: Latent frames at its start that are given.
         matrix: Which chunk takes which step in which row.
         shape: Of the run.
+        token_grid: Tokens of a latent frame along height and width.
         trace: Of the run; every pass and decision is written into it.
         number: Of the window in the run.
         first_chunk: Number in the video of the window's first chunk, for messages.
@@ -66,6 +67,7 @@ class Window:
     prefix: int
     matrix: StepMatrix
     shape: RunShape
+    token_grid: tuple[int, int]
     trace: DecisionTrace
     number: int
     first_chunk: int

@@ -119,11 +119,12 @@ def choose_options(defaults: Options, settings: Mapping[str, Any]) -> Options:
     """
     known = [entry.name for entry in fields(defaults)]
     given = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
-    for name in given.keys() - set(known):
-        raise ValueError(
-            f"{name}: expected a setting of this model ({', '.join(known)}), got "
-            f"{given[name]}. Leave it out."
-        )
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"{name}: expected a setting of this model ({', '.join(known)}), got {value}. "
+                "Leave it out."
+            )
     return replace(defaults, **given)
 
 

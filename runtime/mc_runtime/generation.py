@@ -165,6 +165,7 @@ def _generate(
             cut.prefix,
             plan.matrices[number],
             plan.shape,
+            plan.token_grid,
             trace,
             number,
             output.done - cut.prefix // size,

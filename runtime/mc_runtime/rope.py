@@ -5,7 +5,7 @@ A family asks its `Rope` once per chunk position; the block graph takes the resu
 kind a model has: powers of a base, or frequencies of its own.
 """
 
-__all__ = ["BandRope", "PowerRope", "Rope", "Tables", "read_rope"]
+__all__ = ["BandRope", "PowerRope", "Rope", "Tables", "chunk_tables", "read_rope"]
 
 import math
 from collections.abc import Mapping
@@ -122,6 +122,21 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
         return BandRope(tuple(config["rope_bands"]))
     axes = tuple(config["rope_axes"])
     return PowerRope(axes, config["rope_theta"], config["rope_max_positions"])
+
+
+def chunk_tables(rope: Rope, chunks: int, frames: int, grid: tuple[int, int]) -> list[Tables]:
+    """Compute the tables of every chunk of a window.
+
+    Args:
+        rope: Of the model.
+        chunks: Of the window.
+        frames: Latent frames of each.
+        grid: Tokens of a frame along height and width.
+
+    Returns:
+        By chunk, as `Rope.tables` gives them.
+    """
+    return [rope.tables(frames, *grid, first_frame=chunk * frames) for chunk in range(chunks)]
 
 
 def _spread(angles: list[NDArray[np.float64]]) -> Tables:

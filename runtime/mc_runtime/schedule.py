@@ -321,13 +321,14 @@ def _check_overlap(options: GenerationOptions, grid: LatentGrid) -> None:
     )
 
 
-def check_multiple(name: str, got: int, unit: int) -> None:
+def check_multiple(name: str, got: int, unit: int, reason: str = "") -> None:
     """Hold a size to whole units.
 
     Args:
         name: Of the size, for the message.
         got: The size.
         unit: What it has to be a multiple of.
+        reason: What the unit is, where the name does not say it.
 
     Raises:
         ValueError: With the nearest sizes below and above.
@@ -335,7 +336,9 @@ def check_multiple(name: str, got: int, unit: int) -> None:
     if got % unit or not got:
         below = got - got % unit
         choices = f"{below} or {below + unit}" if below else f"{unit}"
-        raise ValueError(f"{name}: expected a multiple of {unit}, got {got}. Use {choices}.")
+        raise ValueError(
+            f"{name}: expected a multiple of {unit}{reason}, got {got}. Use {choices}."
+        )
 
 
 def _check_steps(options: GenerationOptions) -> None:

@@ -161,7 +161,8 @@ def test_the_work_of_an_uncached_run_is_known_before_it(golden):
     schedule = MagiSchedule.from_manifest(config, options)
     _, trace = golden.generate(none())
     prompt = int(golden.inputs["caption_mask"].sum()) + 2  # behind two special tokens
-    planned = plan_uncached(schedule, golden.pipeline.plan(options), min(prompt, 64), null=50)
+    captions = [min(prompt, 64)] * golden.case["chunks"]
+    planned = plan_uncached(schedule, golden.pipeline.plan(options), captions, null=50)
     np.testing.assert_array_equal(planned.mode, trace.mode)
     flops = ModelFlops.from_manifest(config["transformer"])
     work = count_work(flops, planned, padded=False)

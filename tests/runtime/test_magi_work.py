@@ -80,7 +80,7 @@ def blocks_of(trace, chosen):
 def test_the_published_job_takes_the_published_139_petaflops():
     """Uncached MAGI-1 4.5B in MotionCache's table; a prompt of about 100 tokens is assumed."""
     plan = plan_published()
-    trace = plan_uncached(SCHEDULE, plan, prompt=100, null=50)
+    trace = plan_uncached(SCHEDULE, plan, [100] * 7, null=50)
     assert count_work(PUBLISHED, trace, padded=False).total / 139e15 == pytest.approx(1, abs=0.02)
     full = trace.mode == Mode.FULL
     main, copies = full.copy(), full.copy()
@@ -96,7 +96,7 @@ def test_the_published_job_takes_the_published_139_petaflops():
 def test_a_chunk_sees_as_far_as_its_stage_says():
     """By hand: 7 chunks, ranges 5, 4, 3, 2 by stage of 16 steps."""
     plan = plan_published()
-    seen = np.array(plan_uncached(SCHEDULE, plan, 100, 50).run["visible"])
+    seen = np.array(plan_uncached(SCHEDULE, plan, [100] * 7, 50).run["visible"])
     expected = [min(chunk + 1, size) for chunk in range(7) for size in (5, 4, 3, 2)]
     found = [seen[16 * (chunk + stage), 0, chunk] for chunk in range(7) for stage in range(4)]
     assert found == expected

@@ -35,6 +35,7 @@ from mc_runtime.flops import ModelFlops
 from mc_runtime.options import GenerationOptions
 from mc_runtime.passes import Passes
 from mc_runtime.pipeline import VideoPipeline
+from mc_runtime.rope import chunk_tables
 from mc_runtime.text import encode_prompt
 
 SHARES = 1.0, 0.75, 0.5, 0.4, 0.25, 0.1
@@ -226,9 +227,7 @@ class _Window:
         patch = config.in_channels * math.prod(config.patch_size)
         shape = 1, self.length, patch
         self.patches = np.random.default_rng(1).standard_normal(shape, np.float32)
-        angles = [
-            config.rope.tables(frames, *grid, first_frame=chunk * frames) for chunk in range(chunks)
-        ]
+        angles = chunk_tables(config.rope, chunks, frames, grid)
         self.branch = passes.open_branch(passes.encode_context(embedding), angles)
         for chunk in range(chunks):
             self.compute(chunk, np.arange(self.length))

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule, check_stages
-from mc_runtime.families.magi_steps import LONGEST, MagiRun, MagiTexts
+from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
+from mc_runtime.families.magi_steps import MagiRun, MagiTexts
 from mc_runtime.families.magi_work import describe_work
 from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
 from mc_runtime.passes import Passes
@@ -36,6 +36,7 @@ from motioncache import Policy, RunShape
 
 _HIGH_QUALITY = 1  # row of the special tokens
 _DURATION = 6  # row before that of a single chunk left
+LONGEST = 8  # chunks left, that a token says
 Embedding = NDArray[np.float32]
 
 
@@ -106,7 +107,8 @@ def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[st
         ValueError: A setting that cannot be generated; the message names the nearest that can.
     """
     schedule = MagiSchedule.from_manifest(config, options)
-    check_stages(options.num_inference_steps, schedule.window_chunks)
+    stages, reason = schedule.window_chunks, ", the chunks of a window"
+    check_multiple("num_inference_steps", options.num_inference_steps, stages, reason)
     chunk = grid.pixel_frames(schedule.chunk_frames)
     check_multiple("num_frames", options.num_frames, chunk)
     for side in ("height", "width"):
@@ -131,7 +133,8 @@ def describe(inputs: Inputs, plan: RunPlan) -> dict[str, Any]:
     schedule = MagiSchedule.from_manifest(inputs.config, inputs.options)
     prompt, null, special = (embedding.shape[1] for embedding in inputs.embeddings)
     length = min(prompt + 2 * bool(special), schedule.max_text_tokens)
-    return describe_work(schedule, plan, length, null)
+    captions = _count_captions(plan.shape.active.shape[1], inputs.embeddings[2])
+    return describe_work(schedule, plan, [length] * captions, null)
 
 
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> MagiRun:
@@ -152,7 +155,7 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Magi
     prompt, null, special = inputs.embeddings
     by_duration = [
         passes.encode_context(_caption(prompt, special, left, schedule.max_text_tokens))
-        for left in range(1, min(chunks, LONGEST) + 1)
+        for left in range(1, _count_captions(chunks, special) + 1)
     ]
     return MagiRun(
         passes,
@@ -162,6 +165,11 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Magi
         [_modulate(passes, schedule, null_row) for null_row in (0, 1)],
         chunks,
     )
+
+
+def _count_captions(chunks: int, special: Embedding) -> int:
+    """How many captions a prompt becomes: one for every number of chunks left that a token says."""
+    return min(chunks, LONGEST) if special.shape[1] else 1
 
 
 def _caption(prompt: Embedding, special: Embedding, left: int, most: int) -> Embedding:

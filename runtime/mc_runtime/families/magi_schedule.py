@@ -8,7 +8,7 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/pipeline/video_generate.py and
 inference/model/dit/dit_model.py.
 """
 
-__all__ = ["MagiBranch", "MagiOptions", "MagiSchedule", "check_stages", "timestep_table"]
+__all__ = ["MagiBranch", "MagiOptions", "MagiSchedule", "timestep_table"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -265,18 +265,3 @@ def _step_lengths(steps: int, shortcut_mode: str) -> NDArray[np.float32]:
         return np.ones(steps, np.float32)
     sixteenths = [16 // int(part) for part in shortcut_mode.split(",")]
     return np.tile(np.array(sixteenths, np.float32), _STAGES)
-
-
-def check_stages(steps: int, window_chunks: int) -> None:
-    """Refuse steps that do not divide into the stages of a window.
-
-    Raises:
-        ValueError: With the nearest that do.
-    """
-    if steps % window_chunks or not steps:
-        below = steps - steps % window_chunks
-        choices = [str(count) for count in (below, below + window_chunks) if count]
-        raise ValueError(
-            f"num_inference_steps: expected a multiple of {window_chunks}, the chunks of a window, "
-            f"got {steps}. Use {' or '.join(choices)}."
-        )

@@ -13,7 +13,7 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/pipeline/video_generate.py; the def
 `MagiSwitches` can bring back are those of ywlq/MotionCache a8d2a47, MotionCache4MAGI-1.
 """
 
-__all__ = ["LONGEST", "MagiRun", "MagiSteps", "MagiTexts"]
+__all__ = ["MagiRun", "MagiSteps", "MagiTexts"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,12 @@ from mc_runtime.families.magi_schedule import MagiBranch, MagiSchedule
 from mc_runtime.latent_motion import measure_latent_motion
 from mc_runtime.passes import Passes, Values, View
 from mc_runtime.patches import patchify, unpatchify
+from mc_runtime.rope import chunk_tables
 from mc_runtime.schedule import Window as WindowPlan
 from motioncache import InputDistance, Mode, Plan, Policy
 from motioncache.config import MAGI_FIXED, MagiSwitches
 
-LONGEST = 8  # chunks left, that a token says
 _CLEAN = -1  # behind the steps, in the tables of a run
-Latents = NDArray[np.float32]
 Rows = NDArray[np.float32]  # patches of velocity, shape (tokens, ph*pw*c)
 
 
@@ -45,7 +44,7 @@ class MagiTexts:
 
     Attributes:
         null: Of the null caption.
-        by_duration: Of the prompt, for every number of chunks left that occurs.
+        by_duration: Of the prompt, for 1, 2 and more chunks left; the last holds beyond.
     """
 
     null: Any
@@ -53,7 +52,7 @@ class MagiTexts:
 
     def of(self, branch: MagiBranch, left: int) -> Any:
         """What a branch sees while a number of chunks is left."""
-        return self.by_duration[min(left, LONGEST) - 1] if branch.prompted else self.null
+        return self.by_duration[:left][-1] if branch.prompted else self.null
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,8 @@ class MagiSteps:
     def __post_init__(self) -> None:
         run, window = self.run, self.window
         self.passes = run.passes.timed(window.clock)
-        config, size, schedule = self.passes.config, window.shape.frames, run.schedule
-        _, down, across = config.patch_size
-        grid = window.latents.shape[2] // down, window.latents.shape[3] // across
-        angles = [
-            config.rope.tables(size, *grid, first_frame=chunk * size)
-            for chunk in range(window.chunks)
-        ]
+        size, schedule, rope = window.shape.frames, run.schedule, self.passes.config.rope
+        angles = chunk_tables(rope, window.chunks, size, window.token_grid)
         self.guidance = schedule
         if schedule.nearly_clean_timestep is not None and (
             not run.switches.nearly_clean or self._mixes_elsewhere

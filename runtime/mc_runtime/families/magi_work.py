@@ -5,23 +5,26 @@ Neighbours: `magi` describes its runs with it; `mc_runtime.flops` counts what a 
 
 __all__ = ["describe_work", "plan_uncached"]
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mc_runtime.families.magi_schedule import MagiSchedule
-from mc_runtime.families.magi_steps import LONGEST
 from mc_runtime.run_plan import RunPlan
 from motioncache import DecisionTrace, Mode
 
 
-def describe_work(schedule: MagiSchedule, plan: RunPlan, prompt: int, null: int) -> dict[str, Any]:
+def describe_work(
+    schedule: MagiSchedule, plan: RunPlan, captions: Sequence[int], null: int
+) -> dict[str, Any]:
     """Say what the passes of a run see, and which texts are encoded.
 
     Args:
         schedule: Of the run.
         plan: Of the run.
-        prompt: Tokens of the prompt, the special ones included.
+        captions: Tokens of each caption that the prompt becomes, the special ones included; as
+            many in all.
         null: Tokens of the null caption.
 
     Returns:
@@ -35,11 +38,10 @@ def describe_work(schedule: MagiSchedule, plan: RunPlan, prompt: int, null: int)
     for row, clean in _clean_passes(plan):
         given = clean < plan.windows[0].prefix // plan.shape.frames
         visible[row, :, clean] = len(schedule.visible_clean(clean, given))
-    durations = min(active.shape[1], LONGEST)
     return {
-        "text_tokens": [prompt if branch.prompted else null for branch in schedule.branches],
+        "text_tokens": [captions[0] if branch.prompted else null for branch in schedule.branches],
         "clean_text_tokens": null,
-        "encoded_tokens": [prompt] * durations + [null],
+        "encoded_tokens": [*captions, null],
         "visible": visible.tolist(),
         "partial_head": True,
     }
@@ -52,20 +54,22 @@ def _clean_passes(plan: RunPlan) -> list[tuple[int, int]]:
     return [(int(np.argmax(done[:, chunk])), chunk) for chunk in chunks]
 
 
-def plan_uncached(schedule: MagiSchedule, plan: RunPlan, prompt: int, null: int) -> DecisionTrace:
+def plan_uncached(
+    schedule: MagiSchedule, plan: RunPlan, captions: Sequence[int], null: int
+) -> DecisionTrace:
     """Write down what a run does that skips nothing, before it is run.
 
     Args:
         schedule: Of the run.
         plan: Of the run.
-        prompt: Tokens of the prompt, the special ones included.
+        captions: As for `describe_work`.
         null: Tokens of the null caption.
 
     Returns:
         A trace that `count_work` counts.
     """
     shape, steps = plan.shape, plan.matrices[0].step - 1
-    trace = DecisionTrace.empty(shape, describe_work(schedule, plan, prompt, null))
+    trace = DecisionTrace.empty(shape, describe_work(schedule, plan, captions, null))
     for row, active in enumerate(shape.active):
         taken = {chunk: int(steps[row, chunk]) for chunk in np.flatnonzero(active).tolist()}
         for chunk in taken:

@@ -35,6 +35,7 @@ from mc_runtime.latent_motion import measure_latent_motion
 from mc_runtime.options import GenerationOptions
 from mc_runtime.passes import Passes, Values
 from mc_runtime.patches import patchify, unpatchify
+from mc_runtime.rope import chunk_tables
 from mc_runtime.run_plan import RunPlan, plan_run
 from mc_runtime.sampler import (
     SamplerState,
@@ -226,13 +227,8 @@ class SkyreelsSteps:
         run, window = self.run, self.window
         self.passes = run.passes.timed(window.clock)
         self.samplers = [init_sampler() for _ in range(window.chunks)]
-        config, frames = self.passes.config, window.shape.frames
-        _, down, across = config.patch_size
-        grid = window.latents.shape[2] // down, window.latents.shape[3] // across
-        angles = [
-            config.rope.tables(frames, *grid, first_frame=chunk * frames)
-            for chunk in range(window.chunks)
-        ]
+        rope, frames = self.passes.config.rope, window.shape.frames
+        angles = chunk_tables(rope, window.chunks, frames, window.token_grid)
         decide = run.policy, run.distances, window.shape, window.trace, window.number
         self.branches = [
             _Branch(
