@@ -3,7 +3,15 @@
 Neighbours: `skyreels_components` and `magi_components`, which use it.
 """
 
-__all__ = ["Load", "Tensors", "empty_module", "fill_module", "make_drawer"]
+__all__ = [
+    "SAMPLE_ROWS",
+    "Load",
+    "Tensors",
+    "empty_module",
+    "fill_module",
+    "make_drawer",
+    "sample_view",
+]
 
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +22,46 @@ from torch import Tensor, nn
 
 Load: TypeAlias = Callable[[str], Tensor]
 Tensors: TypeAlias = dict[str, Tensor]
+SAMPLE_ROWS = 6  # recomputed tokens of a sample pass
+_SLOTS = 16  # of the cache beside it
 
 
 def make_drawer() -> Callable[..., Tensor]:
     """Return what draws normal samples, one after the other, the same in every export."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(0))
+
+
+def sample_view(
+    draw: Callable[..., Tensor], angles: Tensor, heads: int, head_dim: int
+) -> tuple[Tensors, dict[str, dict[int, str]]]:
+    """Draw what the tokens of a block's sample pass see: positions, text, cached and new keys.
+
+    Args:
+        draw: Of `make_drawer`.
+        angles: Rotary angles of the tokens, shape (SAMPLE_ROWS, pairs).
+        heads: Of keys and values.
+        head_dim: Channels of each.
+
+    Returns:
+        The inputs, and their sizes that change from call to call.
+    """
+    text, cache = (1, heads, 7, head_dim), (1, heads, _SLOTS, head_dim)
+    inputs = {
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "cross_k": draw(*text),
+        "cross_v": draw(*text),
+        "k_cache": draw(*cache),
+        "v_cache": draw(*cache),
+        "kv_map": torch.tensor([0, 1, 2, 16, 17, 5, 18, 19, 20, 21], dtype=torch.int32),
+    }
+    sizes = {
+        **{name: {0: "K"} for name in ("cos", "sin")},
+        **{name: {2: "T"} for name in ("cross_k", "cross_v")},
+        **{name: {2: "S"} for name in ("k_cache", "v_cache")},
+        "kv_map": {0: "M"},
+    }
+    return inputs, sizes
 
 
 def empty_module(module: nn.Module) -> nn.Module:

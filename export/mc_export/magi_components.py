@@ -21,7 +21,15 @@ from torch import Tensor
 
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
-from mc_export.filling import Load, Tensors, empty_module, fill_module, make_drawer
+from mc_export.filling import (
+    SAMPLE_ROWS,
+    Load,
+    Tensors,
+    empty_module,
+    fill_module,
+    make_drawer,
+    sample_view,
+)
 from mc_export.magi import Block, Context, Embed, Head, Motion, TextProjection, Timestep
 from mc_export.magi_config import MagiConfig
 from mc_export.tensor_source import TensorSource
@@ -143,34 +151,14 @@ def _embed(c: MagiConfig, load: Load) -> ComponentSource:
 
 def _block(c: MagiConfig, load: Load) -> ComponentSource:
     draw, b = make_drawer(), c.block
-    rows, slots = 6, 16
-    angles = draw(rows, 3 * c.bands) * math.tau
-    inputs = {
-        "x": draw(1, rows, b.dim),
-        "modulation": draw(1, b.condition_dim),
-        "cos": angles.cos(),
-        "sin": angles.sin(),
-        "cross_k": draw(1, b.key_heads, 7, b.head_dim),
-        "cross_v": draw(1, b.key_heads, 7, b.head_dim),
-        "k_cache": draw(1, b.key_heads, slots, b.head_dim),
-        "v_cache": draw(1, b.key_heads, slots, b.head_dim),
-        "kv_map": torch.tensor([0, 1, 2, 16, 17, 5, 18, 19, 20, 21], dtype=torch.int32),
-    }
-    sizes: dict[str, dict[int, str]] = {
-        "x": {1: "K"},
-        "cos": {0: "K"},
-        "sin": {0: "K"},
-        "cross_k": {2: "T"},
-        "cross_v": {2: "T"},
-        "k_cache": {2: "S"},
-        "v_cache": {2: "S"},
-        "kv_map": {0: "M"},
-    }
+    angles = draw(SAMPLE_ROWS, 3 * c.bands) * math.tau
+    own = {"x": draw(1, SAMPLE_ROWS, b.dim), "modulation": draw(1, b.condition_dim)}
+    seen, sizes = sample_view(draw, angles, b.key_heads, b.head_dim)
     return ComponentSource(
         "block",
         empty_module(Block(b)),
-        inputs,
-        sizes,
+        own | seen,
+        {"x": {1: "K"}} | sizes,
         ("y", "k_new", "v_new"),
         tuple(partial(_block_weights, c, load, layer) for layer in range(c.layers)),
         float32=frozenset({"modulation", "cos", "sin"}),

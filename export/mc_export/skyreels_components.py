@@ -20,7 +20,15 @@ from torch import Tensor
 from mc_engines.errors import CheckpointError
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
-from mc_export.filling import Load, Tensors, empty_module, fill_module, make_drawer
+from mc_export.filling import (
+    SAMPLE_ROWS,
+    Load,
+    Tensors,
+    empty_module,
+    fill_module,
+    make_drawer,
+    sample_view,
+)
 from mc_export.skyreels import (
     ROPE_THETA,
     Block,
@@ -255,37 +263,19 @@ def _embed(c: _Config, load: Load) -> ComponentSource:
 
 def _block(c: _Config, load: Load) -> ComponentSource:
     draw = make_drawer()
-    rows, slots, half = 6, 16, c.head_dim // 2
-    angles = draw(rows, half) * math.tau
-    inputs = {
-        "x": draw(1, rows, c.dim),
-        "frame_ids": torch.arange(rows, dtype=torch.int32) % 3,
+    angles = draw(SAMPLE_ROWS, c.head_dim // 2) * math.tau
+    own = {
+        "x": draw(1, SAMPLE_ROWS, c.dim),
+        "frame_ids": torch.arange(SAMPLE_ROWS, dtype=torch.int32) % 3,
         "modulation": draw(3, 6, c.dim) * 0.1,
-        "cos": angles.cos(),
-        "sin": angles.sin(),
-        "cross_k": draw(1, c.heads, 7, c.head_dim),
-        "cross_v": draw(1, c.heads, 7, c.head_dim),
-        "k_cache": draw(1, c.heads, slots, c.head_dim),
-        "v_cache": draw(1, c.heads, slots, c.head_dim),
-        "kv_map": torch.tensor([0, 1, 2, 16, 17, 5, 18, 19, 20, 21], dtype=torch.int32),
     }
-    tokens: dict[str, dict[int, str]] = {
-        "x": {1: "K"},
-        "frame_ids": {0: "K"},
-        "modulation": {0: "F"},
-        "cos": {0: "K"},
-        "sin": {0: "K"},
-        "cross_k": {2: "T"},
-        "cross_v": {2: "T"},
-        "k_cache": {2: "S"},
-        "v_cache": {2: "S"},
-        "kv_map": {0: "M"},
-    }
+    seen, sizes = sample_view(draw, angles, c.heads, c.head_dim)
+    sizes |= {"x": {1: "K"}, "frame_ids": {0: "K"}, "modulation": {0: "F"}}
     return ComponentSource(
         "block",
         empty_module(Block(c.dim, c.ffn_dim, c.heads, c.epsilon)),
-        inputs,
-        tokens,
+        own | seen,
+        sizes,
         ("y", "k_new", "v_new"),
         tuple(partial(_block_weights, c, load, layer) for layer in range(c.layers)),
         float32=frozenset({"modulation", "cos", "sin"}),
