@@ -70,6 +70,7 @@ class FailingRunner:
 
     def __init__(self, runner, calls):
         self.runner, self.left = runner, calls
+        self.graph = runner.graph
 
     def run(self, inputs, weights=None):
         outputs = self.runner.run(inputs, weights)

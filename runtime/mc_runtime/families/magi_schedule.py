@@ -245,7 +245,7 @@ def timestep_table(steps: int, shortcut_mode: str) -> NDArray[np.float32]:
         shape (N + 1,), from 0 to 1.
 
     Example:
-        >>> timestep_table(4, "8,16,16").round(4).tolist()
+        >>> timestep_table(4, "8,16,16").astype(float).round(4).tolist()
         [0.0, 0.0217, 0.1, 0.3, 1.0]
     """
     if steps == SHORTCUT_STEPS:
