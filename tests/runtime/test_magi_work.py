@@ -1,16 +1,17 @@
 """What MAGI-1 computes: against torch's counter, the published figure, and a run's own trace."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from magi_corrections import CONFIG, SCHEDULE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mc_export.magi import Block, BlockSizes, Context, Embed, Head, TextProjection
 from mc_runtime.families import magi
-from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
+from mc_runtime.families.magi_schedule import MagiOptions
 from mc_runtime.families.magi_work import plan_uncached
 from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.schedule import LatentGrid
@@ -26,16 +27,6 @@ FLOPS = ModelFlops(
 )  # fmt: skip
 # MAGI-1 4.5B, distilled: 34 layers of 3072 channels, 24 heads of 128 and 8 of keys.
 PUBLISHED = ModelFlops(34, 3072, 12288, 4096, 64, 64, 3072, 1024, text_matrices=1)
-SCHEDULE = MagiSchedule(
-    num_inference_steps=64, window_chunks=4, chunk_frames=6, kv_ranges=(5, 4, 3, 2),
-    clean_kv_range=1, clean_timestep=0.9999, guidance_passes=1, guidance_timesteps=(0.0,),
-    history_guidance_scales=(1.5,), text_guidance_scales=(7.5,), nearly_clean_timestep=0.3,
-    shortcut_mode="8,16,16", distilled=True, max_text_tokens=800,
-)  # fmt: skip
-CONFIG = {
-    "transformer": {"distilled": True, "max_text_tokens": 800},
-    "schedule": asdict(SCHEDULE),
-}
 
 
 def count(module, *inputs):
