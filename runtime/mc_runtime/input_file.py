@@ -7,7 +7,7 @@ __all__ = ["read_json"]
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def read_json(path: Path, schema: str, what: str, remedy: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def read_json(path: Path, schema: str, what: str, remedy: str) -> dict[str, Any]
         ValueError: It is no JSON, no object, or of another schema.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except ValueError as error:
         raise ValueError(f"{path}: expected {what}, got: {error}. {remedy}") from error
     if not isinstance(value, dict):
@@ -34,3 +34,8 @@ def read_json(path: Path, schema: str, what: str, remedy: str) -> dict[str, Any]
     if value.get("schema") != schema:
         raise ValueError(f"{path}: expected schema {schema}, got {value.get('schema')}. {remedy}")
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """NaN and infinities: Python writes and reads them, JSON has none."""
+    raise ValueError(f"{name}, which is no JSON")

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from mc_runtime.bench.latency_report import SCHEMA
+from mc_runtime.bench.reference import QUIET_SPREAD, kernel_by_round, spread_by_round
 from mc_runtime.bench.samples import Change, compare_samples, confidence
 from mc_runtime.bench.schemas import find_fault
 from mc_runtime.input_file import read_json
 
 FEWEST = 5  # samples of which a median means something
-# Of the kernel's medians by round, 90th percentile over least. Quiet machines were seen at 1.1. At
-# 1.25 to 1.36, beside other programs, 25 of 36 pairs of equal reports would get a false verdict.
-QUIET_SPREAD = 1.2
 _NAMES = {"engines": "{name} ({backend})", "generation": "generation, {policy} ({backend})"}
 _WHAT = "a report of mc-bench run --engines or --generation"
 _REMEDY = "Measure again with this version: mc-bench run --engines -o FILE."
@@ -101,6 +99,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: It is no JSON, of another schema, or does not follow its schema.
+        MissingExtraError: jsonschema is not installed.
     """
     report = read_json(path, SCHEMA, _WHAT, _REMEDY)
     fault = find_fault("latency", report) or _find_uneven(report)
@@ -172,8 +171,8 @@ def _list_entries(report: Mapping[str, Any]) -> dict[str, _Entry]:
     entries = {}
     for part, name in _NAMES.items():
         kernels = [entry["reference_ms"] for entry in report[part]]
-        by_round = list(_kernel_by_round(kernels))
-        spread = np.quantile(by_round, 0.9) / min(by_round) if by_round else 1.0
+        by_round = kernel_by_round(kernels)
+        busy = bool(by_round) and spread_by_round(by_round) > QUIET_SPREAD
         for entry in report[part]:
             samples, kernel = entry["samples_ms"], entry["reference_ms"]
             timed = bool(kernel) and None not in kernel
@@ -181,16 +180,9 @@ def _list_entries(report: Mapping[str, Any]) -> dict[str, _Entry]:
                 samples,
                 by_round[: len(samples)] if timed else None,
                 float(np.median(samples)),
-                timed and bool(spread > QUIET_SPREAD),
+                timed and busy,
             )
     return entries
-
-
-def _kernel_by_round(kernels: Sequence[Sequence[float | None] | None]) -> Iterator[float]:
-    """Median of the reference kernel in each round, of everything that it was timed beside."""
-    timed = [times for times in kernels if times and None not in times]
-    for number in range(max(map(len, timed), default=0)):
-        yield float(np.median([times[number] for times in timed if number < len(times)]))
 
 
 def _refuse(before: _Entry, after: _Entry) -> str | None:
@@ -260,5 +252,5 @@ def _find_uneven(report: Mapping[str, Any]) -> str | None:
         for number, entry in enumerate(report[part]):
             kernel = entry["reference_ms"]
             if kernel is not None and len(kernel) != len(entry["samples_ms"]):
-                return f"{part}[{number}].reference_ms is not as long as samples_ms"
+                return f"$.{part}[{number}].reference_ms: is not as long as samples_ms"
     return None

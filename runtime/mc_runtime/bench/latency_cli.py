@@ -82,8 +82,9 @@ _FLAGS = (
 )
 
 
-# Flags of `latency_flags` that one of both modes alone reads.
+# Flags of `mc-bench run` that one of both modes alone reads, and those that one of them does not.
 _OF_ENGINES = "component", "iterations"
+_NOT_OF_ENGINES = "policies", "policy_option", "prompt", "prompts", "rounds"
 _OF_EITHER = "backends", "quick", "dtype", "engine_folder", "max_vram", "device"
 
 
@@ -111,8 +112,14 @@ def check_latency_flags(values: Mapping[str, Any], given: Collection[str]) -> No
     ):
         for name in names:
             if name in given and not on:
-                flag = name.removesuffix("s") if name == "backends" else name.replace("_", "-")
+                flag = "backend" if name == "backends" else name.replace("_", "-")
                 raise click.UsageError(f"--{flag} needs {mode}. Add it, or leave --{flag} out.")
+    for name in _NOT_OF_ENGINES if values["engines"] and not values["generation"] else ():
+        if name in given:
+            flag = name.replace("_", "-")
+            raise click.UsageError(
+                f"--{flag} is not for --engines alone. Add --generation, or leave --{flag} out."
+            )
     backends = values["backends"]
     twice = sorted({name for name in backends if backends.count(name) > 1})
     if twice:
@@ -233,7 +240,6 @@ def _describe_run(
         "engine_folder": None if folder is None else str(folder),
         "max_vram": values["max_vram"],
         "device": values["device"] or 0 if on_gpu else None,
-        "threads": values["threads"],
         "iterations": values["iterations"] if values["engines"] else None,
         "rounds": values["rounds"] if values["generation"] else None,
     }

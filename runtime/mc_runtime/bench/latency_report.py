@@ -12,11 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mc_engines.bundle import Bundle
 from mc_runtime.bench import sweep
 from mc_runtime.bench.generation import Generated
 from mc_runtime.bench.machine import Monitor
-from mc_runtime.bench.reference import BUSY_SPREAD, KERNEL_SIZE
+from mc_runtime.bench.reference import (
+    KERNEL_SIZE,
+    QUIET_SPREAD,
+    kernel_by_round,
+    spread_by_round,
+)
 from mc_runtime.bench.samples import PERCENTILE_METHOD, summarise
 from mc_runtime.bench.sweep import Case, Sweep, Timed
 from mc_runtime.flops import ModelFlops, count_work
@@ -137,24 +144,23 @@ def build_latency_report(setup: Setup, measured: Measured, monitor: Monitor) -> 
 
 def _reference(measured: Measured) -> dict[str, Any]:
     """The kernel of the size that varied most; the sizes take times that cannot be mixed."""
-    swept = [timed.reference_ms for each in measured.sweep.samples.values() for timed in each]
-    generated = [run.reference_ms for runs in measured.generated.values() for run in runs]
+    parts = (
+        (sweep.KERNEL_SIZE, measured.sweep.samples.values()),
+        (KERNEL_SIZE, measured.generated.values()),
+    )
     described = [
-        _describe_kernel(size, times)
-        for size, samples in ((sweep.KERNEL_SIZE, swept), (KERNEL_SIZE, generated))
-        if (times := [time for time in samples if time is not None])
+        {
+            "size": size,
+            "median_ms": float(np.median(by_round)),
+            "spread": spread_by_round(by_round),
+        }
+        for size, samples in parts
+        if (by_round := kernel_by_round([[one.reference_ms for one in each] for each in samples]))
     ]
     nothing = {"size": None, "median_ms": None, "spread": None}
     most = max(described, key=lambda kernel: kernel["spread"], default=nothing)
-    busy = most["spread"] is not None and most["spread"] > BUSY_SPREAD
-    return {**most, "limit": BUSY_SPREAD, "busy": busy}
-
-
-def _describe_kernel(size: int, times: Sequence[float]) -> dict[str, Any]:
-    summary = summarise(times)
-    # One hiccup among hundreds of samples is no busy machine: the slowest tenth is left out.
-    spread = summary["p90"] / summary["min"]
-    return {"size": size, "median_ms": summary["p50"], "spread": spread}
+    busy = most["spread"] is not None and most["spread"] > QUIET_SPREAD
+    return {**most, "limit": QUIET_SPREAD, "busy": busy}
 
 
 def _describe_case(
@@ -241,8 +247,8 @@ def _list_caveats(report: Mapping[str, Any], measured: Measured) -> list[str]:
         )
     if kernel["busy"]:
         caveats.append(
-            f"The reference kernel varied by {kernel['spread']:.2f}, more than {BUSY_SPREAD}: the "
-            "machine is busy with something else. Compare ratios to it alone."
+            f"The reference kernel varied by {kernel['spread']:.2f} from round to round, more than "
+            f"{QUIET_SPREAD}: the machine is busy with something else."
         )
     if report["generation"] and len(measured.policies) > 1:
         caveats.append(

@@ -4,13 +4,25 @@ Neighbours: `policies` and `sweep` time the kernel between their turns, so that 
 the machine shows; `predict` takes the rates as the roofline of `this-cpu`.
 """
 
-__all__ = ["BUSY_SPREAD", "KERNEL_SIZE", "measure_rates", "time_kernel"]
+__all__ = [
+    "BUSY_SPREAD",
+    "KERNEL_SIZE",
+    "QUIET_SPREAD",
+    "kernel_by_round",
+    "measure_rates",
+    "spread_by_round",
+    "time_kernel",
+]
 
 import time
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 BUSY_SPREAD = 1.3  # of the kernel's times: beyond, something else runs on the machine
+# The same of its medians by round. Quiet machines were seen at 1.1. At 1.25 to 1.36, beside other
+# programs, 25 of 36 pairs of equal reports would get a false verdict.
+QUIET_SPREAD = 1.2
 KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
 _COPIED = 2**26  # bytes: beyond any cache
 _ROUNDS = 5
@@ -31,6 +43,35 @@ def time_kernel(size: int = KERNEL_SIZE) -> float:
     for _ in range(_KERNEL_PRODUCTS):
         product = product @ factor
     return 1e3 * (time.perf_counter() - start)
+
+
+def kernel_by_round(kernels: Collection[Sequence[float | None] | None]) -> list[float]:
+    """Median of the kernel in each round, over everything that it was timed beside.
+
+    Args:
+        kernels: Milliseconds, one per round, of each thing that was timed; None, or None among
+            them, where the kernel was not.
+
+    Returns:
+        Milliseconds, as many as the longest has.
+    """
+    timed = [times for times in kernels if times and None not in times]
+    return [
+        float(np.median([times[number] for times in timed if number < len(times)]))
+        for number in range(max(map(len, timed), default=0))
+    ]
+
+
+def spread_by_round(by_round: Sequence[float]) -> float:
+    """How much the kernel varied from round to round.
+
+    Args:
+        by_round: Of `kernel_by_round`, at least one.
+
+    Returns:
+        The 90th percentile over the least: one hiccup among many rounds is no busy machine.
+    """
+    return float(np.quantile(by_round, 0.9) / min(by_round))
 
 
 def measure_rates() -> tuple[float, float]:

@@ -134,7 +134,8 @@ def list_cases(
 
     Returns:
         Passes of the transformer at every place of a window, and with a share of the tokens at the
-        last; a reuse step; the keys of a prompt; the text encoder; a step of the VAE either way.
+        last; a reuse step; the keys of a prompt; the text encoder; a step of the VAE's decoder, two
+        of its encoder.
 
     Raises:
         ValueError: A size that cannot be generated, or a component that the bundle lacks.
@@ -268,7 +269,7 @@ def _decoder_case(backend: Backend, options: GenerationOptions) -> Case:
 
 
 def _encoder_case(backend: Backend, options: GenerationOptions) -> Case:
-    """The first and a later step of the encoder."""
+    """The first and a later step of the encoder, of which only both together can be called."""
     pipeline = backend.pipeline
     shape = 1 + pipeline.grid.temporal_factor, options.height, options.width, 3
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -1,6 +1,7 @@
 """Tables of a benchmark, on the terminal and in a page of HTML that needs no other file.
 
-Neighbours: `page` fills them for `mc-bench run`, `predict_cli` and `compare_cli` for the others.
+Neighbours: `policy_page` and `latency_page` fill them for `mc-bench run`, `predict_cli` and
+`compare_cli` for the others.
 """
 
 __all__ = ["Tables", "draw_svg", "html_report", "print_tables"]

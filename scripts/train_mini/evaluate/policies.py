@@ -24,6 +24,7 @@ from .scenes import Kind, held_out_scenes
 POLICIES = ("none", "teacache:calibrated", "flowcache:calibrated", "motioncache:calibrated")
 _KINDS: tuple[Kind, ...] = ("static", "slow", "fast", "pan", "cut")
 _PROMPTS = 4  # of each kind
+_ROUNDS = 1  # of each prompt: that there are several is what steadies the times
 _LONG_CHUNKS = 20
 LONG_FRAMES = 4 * (CHUNK * _LONG_CHUNKS - 1) + 1
 _LPIPS = OUT.parent / "lpips.onnx"  # where scripts/make_lpips.py made it
@@ -75,7 +76,7 @@ def _bench(
 ) -> dict[str, Any]:
     """Run `mc-bench` on the captions of scenes, unless its report is on file, and return that."""
     captions = "".join(f"{scene.caption()}\n" for scene in scenes)
-    asked = [captions, *POLICIES, *arguments, dict(pipeline.bundle.manifest.presets)]
+    asked = [captions, _ROUNDS, *POLICIES, *arguments, dict(pipeline.bundle.manifest.presets)]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     output = results_folder(pipeline) / f"{name}-{digest}.json"
     if not output.exists():
@@ -83,6 +84,7 @@ def _bench(
         prompts.write_text(captions)
         command = ["mc-bench", "run", str(BUNDLE), "--policies", ",".join(POLICIES)]
         command += ["--prompts", str(prompts), "-o", str(output), "--threads", str(THREADS)]
+        command += ["--rounds", str(_ROUNDS)]
         command += ["--lpips", str(_LPIPS)] if _LPIPS.exists() else []
         subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
     report: dict[str, Any] = json.loads(output.read_text())

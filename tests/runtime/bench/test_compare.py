@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mc_runtime.bench.cli import main
 from mc_runtime.bench.compare import compare_reports, read_report
-from mc_runtime.bench.schemas import find_fault, read_schema
+from mc_runtime.bench.schemas import read_schema
 
 SCHEMA = read_schema("latency")
 ENGINES = ("full pass, chunk 1", "full pass, chunk 2", "reuse step")
@@ -199,10 +199,10 @@ def test_a_report_that_follows_its_schema_is_read(write) -> None:
         ([1], "got: no object"),
         ({}, "expected schema motioncache.latency/v1, got None"),
         ({"schema": "motioncache.latency/v0"}, "got motioncache.latency/v0"),
-        ({"schema": "motioncache.latency/v1"}, "got one in which created is missing"),
-        (report(engines=[{}]), "got one in which engines[0].name is missing"),
-        (report(bundle=None), "got one in which bundle is a NoneType, not object"),
-        (slow(report(), ENGINES[0], float("nan")), "engines[0].samples_ms[0] is nan, out of"),
+        ({"schema": "motioncache.latency/v1"}, "got one in which $: 'created' is a required"),
+        (report(engines=[{}]), "got one in which $.engines[0]: 'name' is a required"),
+        (report(bundle=None), "$.bundle: None is not of type 'object'"),
+        (slow(report(), ENGINES[0], float("nan")), "got: NaN, which is no JSON"),
     ],
 )
 def test_what_is_no_report_is_refused(write, content, message) -> None:
@@ -215,27 +215,4 @@ def test_samples_without_their_kernel_are_refused(write) -> None:
     made = report()
     del made["engines"][1]["reference_ms"][0]
     path = write("a.json", made)
-    assert "engines[1].reference_ms is not as long as samples_ms" in bench(path, path, code=2)
-
-
-def test_faults_are_those_that_the_library_for_schemas_finds() -> None:
-    rng = np.random.default_rng(0)
-    others = [None, True, 0, -1, 0.5, "", [], {}, {"extra": 1}]
-    validator = jsonschema.Draft202012Validator(SCHEMA)
-    whole = report(2)
-    whole["generation"] = entries("generation", ("none",), np.ones((1, 2)), np.ones((1, 2)))
-    found = {True: 0, False: 0}
-    for _ in range(500):
-        made = copy.deepcopy(whole)
-        place, key = made, rng.choice([*made])
-        while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
-            place = place[key]
-            key = rng.choice([*place]) if isinstance(place, dict) else rng.integers(len(place))
-        if isinstance(place, dict) and rng.random() < 0.3:
-            del place[key]
-        else:
-            place[key] = others[rng.integers(len(others))]
-        valid = validator.is_valid(made)
-        assert (find_fault("latency", made) is None) == valid, made
-        found[valid] += 1
-    assert min(found.values()) > 20
+    assert "$.engines[1].reference_ms: is not as long as samples_ms" in bench(path, path, code=2)

@@ -23,8 +23,8 @@ from mc_runtime.bench.generation import Generated, policy_runner
 from mc_runtime.bench.latency_page import render_latency
 from mc_runtime.bench.latency_report import Measured, Setup, build_latency_report
 from mc_runtime.bench.machine import Monitor, describe_machine
+from mc_runtime.bench.reference import kernel_by_round, spread_by_round
 from mc_runtime.bench.roofline import EngineCosts
-from mc_runtime.bench.samples import summarise
 from mc_runtime.bench.schemas import read_schema
 from mc_runtime.bench.sweep import Case, Sweep, Timed, list_cases, take_rounds
 from mc_runtime.flops import ModelFlops
@@ -207,7 +207,7 @@ def report_of(measured: Measured) -> dict:
     manifest = SimpleNamespace(model="x", config={"transformer": TRANSFORMER})
     bundle = SimpleNamespace(path=Path("x.bundle"), model_hash=64 * "0", manifest=manifest)
     run = {
-        **dict.fromkeys(("prompt", "engine_folder", "max_vram", "device", "threads"), None),
+        **dict.fromkeys(("prompt", "engine_folder", "max_vram", "device"), None),
         **{"policies": {}, "dtype": "fp32", "iterations": 1, "rounds": 1},
     }
     setup = Setup(bundle, GenerationOptions(), run, describe_machine(None), [])
@@ -242,20 +242,15 @@ CPU_CASE = ("cpu", Case("x", "block", lambda: None, 1))
 @pytest.mark.parametrize(
     ("small", "large", "size", "spread", "busy"),
     [
-        ((2.0, 2.2), (100.0, 120.0), 1024, 1.2, False),
-        ((2.0, 2.8), (100.0, 120.0), 256, 1.4, True),
-        ((2.0, 2.0), (100.0, 140.0), 1024, 1.4, True),
+        ((2.0, 2.2), (100.0, 120.0), 1024, 1.18, False),
+        ((2.0, 2.8), (100.0, 120.0), 256, 1.36, True),
+        ((2.0, 2.0), (100.0, 140.0), 1024, 1.36, True),
         ((None, None), (None, None), None, None, False),
     ],
 )
 def test_the_machine_is_busy_where_products_of_one_size_vary(
-    no_work, monkeypatch, small, large, size, spread, busy
+    no_work, small, large, size, spread, busy
 ) -> None:
-    monkeypatch.setattr(
-        latency_report,
-        "summarise",
-        lambda samples: summarise(samples) | {"p90": max(samples)},
-    )
     runs = [generated_in(1.0, reference) for reference in large]
     measured = Measured([CPU_CASE], swept(*small), [("cpu", "none")], {}, {0: runs})
     kernel = report_of(measured)["reference_kernel"]
@@ -402,6 +397,16 @@ def test_a_component_is_timed_without_what_it_does_not_need(tiny_bundle, monkeyp
             for mode in ((), ("--generation", "--prompt=a"))
             for flag in ("component=block", "iterations=30")
         ),
+        *(
+            (
+                ("--engines", f"--{flag}", value),
+                f"--{flag} is not for --engines alone. Add --generation, or leave --{flag} out.",
+            )
+            for flag, value in (
+                *(("prompt", "a"), ("prompts", "{file}"), ("policies", "motioncache")),
+                *(("policy-option", "motioncache.warmup_steps=1"), ("rounds", "3")),
+            )
+        ),
         (
             ("--engines", "--generation", "--prompt=a", "--policies=other"),
             "policy: expected one of none,",
@@ -500,10 +505,9 @@ def test_what_the_user_should_know_is_said_once_and_in_the_report(
 
 def test_what_was_asked_for_is_in_the_report(engines, generated) -> None:
     run = generated["run"]
-    assert {name: run[name] for name in ("prompt", "rounds", "threads", "dtype")} == {
+    assert {name: run[name] for name in ("prompt", "rounds", "dtype")} == {
         "prompt": "a",
         "rounds": 2,
-        "threads": 1,
         "dtype": "fp32",
     }
     unused = ("engine_folder", "max_vram", "device", "iterations")
@@ -602,3 +606,11 @@ def test_what_else_differs_is_said(engines) -> None:
     assert any(note == "settings: height was 64, is 128." for note in comparison.notes)
     assert any(note.startswith("environment: cpu was") for note in comparison.notes)
     assert len(comparison.missing) == 1
+
+
+def test_the_kernel_counts_by_round_not_by_sample() -> None:
+    steady = [2.0, 2.1, 9.0], [2.0, 2.1, 2.2], [5.0, 2.1, 2.2], None, [None]
+    assert kernel_by_round(steady) == [2.0, 2.1, 2.2]
+    assert spread_by_round(kernel_by_round(steady)) == pytest.approx(1.09)  # 2.18 / 2
+    assert kernel_by_round([[1.0], [2.0, 3.0]]) == [1.5, 3.0]
+    assert kernel_by_round([None, []]) == []
