@@ -156,7 +156,7 @@ def _generate(
     video = inputs.noise.copy()  # what is not denoised yet is noise
     given = plan.windows[0].prefix
     video[:, :given] = inputs.prefix[:, :given]
-    for first in range(0, given, size):
+    for first in range(0, given - given % size, size):
         yield output.emit(video[:, first : first + size].copy(), {})
     run = family.start(inputs, plan, passes, policy)
     for number, cut in enumerate(plan.windows):

@@ -134,8 +134,8 @@ class Window:
     Attributes:
         first: Latent frame of the video at which the window begins.
         frames: Latent frames of the window, whole chunks.
-        prefix: Latent frames at its start that are given, whole chunks: those of the video from
-            `first` on. They are never changed and take no noise.
+        prefix: Latent frames at its start that are given: those of the video from `first` on. They
+            are never changed. Whole chunks, but for families that take the rest of one.
         skip: Latent frames at its start that the window before has put into the video; the window
             adds its frames from there on.
     """

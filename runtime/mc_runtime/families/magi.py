@@ -115,10 +115,10 @@ def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[st
         unit = grid.spatial_factor * grid.patch_size[1 if side == "height" else 2]
         check_multiple(side, getattr(options, side), unit)
     size, frames = schedule.chunk_frames, grid.latent_frames(options.num_frames)
-    if prefix % size or prefix >= frames:
+    if prefix >= frames:
         raise ValueError(
-            f"video to continue: expected whole chunks of {chunk} frames, fewer than num_frames, "
-            f"got {grid.pixel_frames(prefix)}. Cut the video or raise num_frames."
+            f"video to continue: expected fewer frames than num_frames ({options.num_frames}), "
+            f"which counts them too, got {grid.pixel_frames(prefix)}. Cut it or raise num_frames."
         )
     steps = options.num_inference_steps
     matrix = step_matrix(frames // size, steps, schedule.stage_steps, prefix // size)
@@ -133,7 +133,7 @@ def describe(inputs: Inputs, plan: RunPlan) -> dict[str, Any]:
     schedule = MagiSchedule.from_manifest(inputs.config, inputs.options)
     prompt, null, special = (embedding.shape[1] for embedding in inputs.embeddings)
     length = min(prompt + 2 * bool(special), schedule.max_text_tokens)
-    captions = _count_captions(plan.shape.active.shape[1], inputs.embeddings[2])
+    captions = _count_captions(plan, inputs.embeddings[2])
     return describe_work(schedule, plan, [length] * captions, null)
 
 
@@ -151,11 +151,10 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Magi
         The run.
     """
     schedule = MagiSchedule.from_manifest(inputs.config, inputs.options)
-    chunks = plan.shape.active.shape[1]
     prompt, null, special = inputs.embeddings
     by_duration = [
         passes.encode_context(_caption(prompt, special, left, schedule.max_text_tokens))
-        for left in range(1, _count_captions(chunks, special) + 1)
+        for left in range(1, _count_captions(plan, special) + 1)
     ]
     return MagiRun(
         passes,
@@ -163,13 +162,14 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Magi
         schedule,
         MagiTexts(passes.encode_context(null), by_duration),
         [_modulate(passes, schedule, null_row) for null_row in (0, 1)],
-        chunks,
+        plan.shape.active.shape[1],
     )
 
 
-def _count_captions(chunks: int, special: Embedding) -> int:
+def _count_captions(plan: RunPlan, special: Embedding) -> int:
     """How many captions a prompt becomes: one for every number of chunks left that a token says."""
-    return min(chunks, LONGEST) if special.shape[1] else 1
+    left = int(plan.shape.active.any(axis=0).sum())  # those of a prefix have the null caption
+    return min(left, LONGEST) if special.shape[1] else 1
 
 
 def _caption(prompt: Embedding, special: Embedding, left: int, most: int) -> Embedding:

@@ -200,6 +200,15 @@ class MagiSchedule:
             return range(chunk + 1)
         return _last(chunk, self.kv_ranges[step // self.stage_steps])
 
+    def clean_branches(self, given: bool) -> list[int]:
+        """Return which branches evaluate a finished chunk, or a given one, clean.
+
+        All that see chunks before them; a given chunk has its pass before the run, in which they
+        all see the keys of the last of these branches.
+        """
+        numbers = [number for number, each in enumerate(self.branches) if not each.alone]
+        return numbers[-1:] if given else numbers
+
     def visible_clean(self, chunk: int, given: bool) -> range:
         """Return the chunks whose keys a finished chunk, or a given one, sees in its clean pass."""
         if given and self.clean_kv_range is None:

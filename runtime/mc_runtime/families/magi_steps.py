@@ -9,6 +9,10 @@ it. A finished chunk's clean pass is made nearly clean and without the prompt. W
 the one with the prompt sees finished chunks as the history branch wrote them, except in the row of
 the clean pass itself, in which it has made its own.
 
+Chunks that a prefix fills have that pass first. Where it ends within a chunk, the frames that it
+gives go through every pass as they are, at the time of the chunk, and are never moved; published
+image-to-video leaves its first frame as the last step moved it.
+
 Source: SandAI-org/MAGI-1 6ff822e, inference/pipeline/video_generate.py; the defects that
 `MagiSwitches` can bring back are those of ywlq/MotionCache a8d2a47, MotionCache4MAGI-1.
 """
@@ -156,18 +160,16 @@ class MagiSteps:
             with window.timed(0, chunk):
                 x = self._embed(chunk)
             seen, tokens = run.schedule.visible_clean(chunk, given), self._tokens
-            for number in self._with_history():
+            for number in run.schedule.clean_branches(given):
                 window.write_pass(number, chunk, Mode.CLEAN, self._padded(window.shape.tokens))
                 with window.timed(number, chunk):
                     self._compute(number, chunk, x, tokens, _CLEAN, View(seen, run.texts.null))
-        self.borrowed.append((window.row, chunk))
+        if given:
+            self._hand_over(chunk)
+        else:
+            self.borrowed.append((window.row, chunk))
         self.embedded.pop(chunk, None)
         self.kept.pop(chunk, None)
-
-    def _with_history(self) -> list[int]:
-        """The branches that see chunks before."""
-        branches = enumerate(self.run.schedule.branches)
-        return [number for number, branch in branches if not branch.alone]
 
     def take_step(self, chunk: int, active: Mapping[int, int]) -> None:
         """Take one Euler step of a chunk, with guidance; see `Steps.take_step`."""
@@ -188,11 +190,15 @@ class MagiSteps:
 
     def _give_back_keys(self) -> None:
         """After the row of a clean pass, take over what the branch without the prompt wrote."""
-        *prompted, plain = (self.memories[number] for number in self._with_history())
         while self.borrowed and self.borrowed[0][0] < self.window.row:
-            _, chunk = self.borrowed.pop(0)
-            for memory in prompted:
-                self.passes.copy_keys(plain, memory, chunk)
+            self._hand_over(self.borrowed.pop(0)[1])
+
+    def _hand_over(self, chunk: int) -> None:
+        """Give the branches with the prompt the keys that the one without it has of a chunk."""
+        numbers = self.run.schedule.clean_branches(given=False)
+        *prompted, plain = (self.memories[number] for number in numbers)
+        for memory in prompted:
+            self.passes.copy_keys(plain, memory, chunk)
 
     def _embed(self, chunk: int) -> Values:
         latents = self.window.latents[:, self.window.frames_of(chunk)]
@@ -325,7 +331,9 @@ class MagiSteps:
         self.kept[chunk] = kept
         config, frames = self.passes.config, window.frames_of(chunk)
         shape = config.out_channels, window.shape.frames, *window.latents.shape[2:]
-        window.latents[:, frames] += unpatchify(moved, config.patch_size, shape)
+        given = max(window.prefix - frames.start, 0)  # frames of the chunk that stay
+        free = slice(frames.start + given, frames.stop)
+        window.latents[:, free] += unpatchify(moved, config.patch_size, shape)[:, given:]
 
     def _renew(self, chunk: int, fresh: Rows, rows: NDArray[np.intp]) -> Rows:
         """What every token of a chunk moves by, with that of the computed ones renewed."""

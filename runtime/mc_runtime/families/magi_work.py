@@ -35,8 +35,7 @@ def describe_work(
     for row, chunk in np.argwhere(active).tolist():
         seen = len(schedule.visible(chunk, int(steps[row, chunk])))
         visible[row, :, chunk] = [1 if branch.alone else seen for branch in schedule.branches]
-    for row, clean in _clean_passes(plan):
-        given = clean < plan.windows[0].prefix // plan.shape.frames
+    for row, clean, given in _clean_passes(plan):
         visible[row, :, clean] = len(schedule.visible_clean(clean, given))
     return {
         "text_tokens": [captions[0] if branch.prompted else null for branch in schedule.branches],
@@ -47,11 +46,12 @@ def describe_work(
     }
 
 
-def _clean_passes(plan: RunPlan) -> list[tuple[int, int]]:
-    """The row before which each chunk has its clean pass, and the chunk."""
+def _clean_passes(plan: RunPlan) -> list[tuple[int, int, bool]]:
+    """The row before which each chunk has its clean pass, the chunk, and whether it is given."""
     done = plan.matrices[0].step > plan.shape.steps
+    given = plan.windows[0].prefix // plan.shape.frames
     chunks = np.flatnonzero(done.any(axis=0)).tolist()
-    return [(int(np.argmax(done[:, chunk])), chunk) for chunk in chunks]
+    return [(int(np.argmax(done[:, chunk])), chunk, chunk < given) for chunk in chunks]
 
 
 def plan_uncached(
@@ -77,9 +77,8 @@ def plan_uncached(
                 if schedule.takes_part(branch, chunk, taken):
                     trace.mode[row, branch, chunk] = Mode.FULL
                     trace.recompute[row, branch, chunk] = 1
-    for row, clean in _clean_passes(plan):
-        for number, kind in enumerate(schedule.branches):
-            if not kind.alone:
-                trace.mode[row, number, clean] = Mode.CLEAN
+    for row, clean, given in _clean_passes(plan):
+        for number in schedule.clean_branches(given):
+            trace.mode[row, number, clean] = Mode.CLEAN
     trace.bucket[trace.mode != Mode.IDLE] = shape.tokens
     return trace
