@@ -32,7 +32,7 @@ from mc_export.onnx_export import export_component
 from mc_export.passes.set_precision import set_precision
 from mc_export.random_source import RandomSource
 from mc_export.skyreels_components import transformer_components, transformer_tensors
-from mc_export.umt5 import text_encoder_components, text_encoder_tensors
+from mc_export.t5 import text_encoder_components, text_encoder_tensors
 from mc_export.wan_vae_components import vae_components, vae_tensors
 
 BUILDS: tuple[tuple[Precision, tuple[int, ...]], ...] = (

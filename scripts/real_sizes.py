@@ -82,7 +82,7 @@ def export(model: str, whole: bool, target: Path) -> None:
     from mc_export.export_bundle import export_bundle
     from mc_export.random_source import RandomSource
     from mc_export.skyreels_components import transformer_tensors
-    from mc_export.umt5 import text_encoder_tensors
+    from mc_export.t5 import text_encoder_tensors
     from mc_export.wan_vae_components import vae_tensors
 
     torch.set_num_threads(THREADS)

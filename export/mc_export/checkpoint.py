@@ -95,9 +95,10 @@ class Checkpoint:
     Attributes:
         path: Its folder.
         transformer: The keys of its config are those of a published configuration, all of them.
-        text_encoder: Its config has the keys of transformers' UMT5Config.
-        vae: Its config has the keys of diffusers' AutoencoderKLWan.
-        tokenizer: Folder with `tokenizer.json`; without that file the tokenizer counts as missing.
+        text_encoder: Its config has the keys of transformers' UMT5Config, or T5Config.
+        vae: Its config has the keys of diffusers' AutoencoderKLWan, or of its family's own.
+        tokenizer: Folder with `tokenizer.json`, or with what the family makes one of; without that
+            file the tokenizer counts as missing.
         scheduler: How the model is meant to be run: diffusers' scheduler_config.json, which the
             original layout lacks; or what MAGI-1's configuration says besides the model's sizes.
         presets: Cache presets for these weights, from `presets.json`, as a manifest has them.

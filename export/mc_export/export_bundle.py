@@ -7,7 +7,6 @@ publishes the whole; `Bundle.open` reads it. What a family has is its adapter's 
 __all__ = ["count_steps", "expected_tensors", "export_bundle", "stored_precision"]
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,7 +103,7 @@ def export_bundle(
             report(f"{table.name}: {table.file} written")
         _write_report(writer.folder, rows)
         if checkpoint.tokenizer is not None:
-            shutil.copytree(checkpoint.tokenizer, writer.folder / "tokenizer")
+            family.write_tokenizer(checkpoint.tokenizer, writer.folder / "tokenizer")
         writer.finish(_manifest(checkpoint, specs, dtype, name))
     return rows
 

@@ -7,6 +7,7 @@ family a checkpoint is of.
 
 __all__ = ["Family", "Table", "VideoSizes"]
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Family:
         describe: The manifest's `config`, of a checkpoint and the name of its published
             configuration.
         missing: By name of what a checkpoint lacks, what cannot be done without it.
+        write_tokenizer: From the folder of a checkpoint's tokenizer, writes the bundle's.
         plan: What `mc-export --dry-run` prints, of a checkpoint, the type that its weights are to
             be stored in, the name that was asked for, and the sizes of a video.
     """
@@ -68,3 +70,4 @@ class Family:
     describe: Callable[[Checkpoint, str | None], dict[str, Any]]
     missing: Callable[[Checkpoint], dict[str, str]]
     plan: Callable[[Checkpoint, torch.dtype, str, VideoSizes], str]
+    write_tokenizer: Callable[[Path, Path], object] = shutil.copytree

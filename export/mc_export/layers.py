@@ -1,6 +1,6 @@
 """Layers that more than one adapter is made of.
 
-Neighbours: `skyreels`, `magi` and `umt5`, which use them.
+Neighbours: `skyreels`, `magi` and `t5`, which use them.
 
 Axes: K tokens, M visible keys, H heads, D head size.
 """

@@ -9,6 +9,7 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/common/config.py and inference/infr
 __all__ = [
     "ACCEPTED_LAYOUT",
     "SPECIAL_TOKENS_FILE",
+    "TEXT_ENCODER_FOLDER",
     "load_magi_checkpoint",
     "load_special_tokens",
 ]
@@ -25,15 +26,18 @@ from torch import Tensor
 from mc_engines.errors import CheckpointError
 from mc_engines.published import MAGI
 from mc_export.checkpoint import Checkpoint, Part, read_json
-from mc_export.tensor_source import SafetensorsSource
+from mc_export.t5_tokenizer import has_t5_tokenizer
+from mc_export.tensor_source import SafetensorsSource, open_weights
 
 ACCEPTED_LAYOUT = (
     "config.json (a file of SandAI-org/MAGI-1's example folder, under this name) and beside it "
     "inference_weight/, or inference_weight.distill/ for a distilled model, with *.safetensors "
-    "(from the folder of the same model in sand-ai/MAGI-1 on the Hugging Face hub); and, for the "
-    "special tokens of prompts, special_tokens.npz (of the example folder's assets)"
+    "(from the folder of the same model in sand-ai/MAGI-1 on the Hugging Face hub); for prompts "
+    "t5/t5-v1_1-xxl/ (of its ckpt folder) and, for the special tokens that stand before them, "
+    "special_tokens.npz (of the example folder's assets)"
 )
 SPECIAL_TOKENS_FILE = "special_tokens.npz"
+TEXT_ENCODER_FOLDER = "t5/t5-v1_1-xxl"
 
 CHUNK_FRAMES = 6
 SPECIAL_TOKENS = 20
@@ -61,9 +65,9 @@ def load_magi_checkpoint(path: Path) -> Checkpoint:
         path: Its folder; see `ACCEPTED_LAYOUT`.
 
     Returns:
-        The transformer alone. Its config is the official `model_config` and `distill`; `scheduler`
-        has the rest of the configuration that decides what is computed. Paths in the configuration
-        are not followed.
+        The parts that are there. The config of the transformer is the official `model_config` and
+        `distill`; `scheduler` has the rest of the configuration that decides what is computed.
+        Paths in the configuration are not followed.
 
     Raises:
         CheckpointError: A file is missing or damaged; the model is quantised, or another; what the
@@ -82,9 +86,9 @@ def load_magi_checkpoint(path: Path) -> Checkpoint:
             model | {"distill": engine["distill"]},
             SafetensorsSource(_find_weights(path, engine["distill"])),
         ),
-        text_encoder=None,
+        text_encoder=_open_text_encoder(path / TEXT_ENCODER_FOLDER, model["caption_channels"]),
         vae=None,
-        tokenizer=None,
+        tokenizer=_find_tokenizer(path / TEXT_ENCODER_FOLDER),
         scheduler=runtime | engine,
         family="magi",
     )
@@ -117,6 +121,25 @@ def load_special_tokens(file: Path, text_dim: int) -> dict[str, Tensor]:
             f"{tokens.shape}. {_FROM_ASSETS}"
         )
     return {"embedding": torch.from_numpy(tokens)}
+
+
+def _open_text_encoder(folder: Path, text_dim: int) -> Part | None:
+    """T5 as transformers stores it."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    for key, expected in (("model_type", "t5"), ("d_model", text_dim)):
+        if config.get(key) != expected:
+            raise CheckpointError(
+                f"{file}: expected {key} {expected}, for which the transformer was trained, got "
+                f"{config.get(key)}. Take the folder from where the transformer comes from."
+            )
+    return Part(config, open_weights(folder))
+
+
+def _find_tokenizer(folder: Path) -> Path | None:
+    return folder if has_t5_tokenizer(folder) else None
 
 
 def _read_sections(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The adapter of MAGI-1: its transformer and its special tokens.
+"""The adapter of MAGI-1: its transformer, its special tokens and T5.
 
-Text encoder and autoencoder are not exported yet. Neighbours: `magi_checkpoint` opens a checkpoint,
-`magi_components` makes the graphs; `families` lists this adapter.
+The autoencoder is not exported yet. Neighbours: `magi_checkpoint` opens a checkpoint,
+`magi_components` and `t5` make the graphs; `families` lists this adapter.
 """
 
 __all__ = ["MAGI_FAMILY"]
@@ -18,22 +18,32 @@ from mc_export.family import Family, Table, VideoSizes
 from mc_export.magi_checkpoint import (
     ACCEPTED_LAYOUT,
     SPECIAL_TOKENS_FILE,
+    TEXT_ENCODER_FOLDER,
     load_magi_checkpoint,
     load_special_tokens,
 )
 from mc_export.magi_components import null_caption, transformer_components
 from mc_export.magi_config import describe_transformer, transformer_tensors
 from mc_export.size_plan import plan_components, render_components
+from mc_export.t5 import (
+    describe_text_encoder,
+    text_embedding_table,
+    text_encoder_components,
+    text_encoder_tensors,
+)
+from mc_export.t5_tokenizer import write_t5_tokenizer
 from mc_export.tensor_source import Shape
 
 NULL_TEXT = "weights/null_text.safetensors"
 SPECIAL_TOKENS = "weights/special_tokens.safetensors"
+TOKEN_TABLE = "weights/text_embed.safetensors"
 _CONSEQUENCES = {
-    "text_encoder": "the T5 of this family is not exported yet; generate from --prompt-embeds",
-    "tokenizer": "prompts cannot be encoded; generate from --prompt-embeds",
+    "text_encoder": f"no {TEXT_ENCODER_FOLDER}/config.json; generate from --prompt-embeds",
+    "tokenizer": f"{TEXT_ENCODER_FOLDER} has none; generate from --prompt-embeds",
     "vae": "the autoencoder of this family is not exported yet; generate with --save-latents",
     SPECIAL_TOKENS_FILE: "prompts go without what asks for quality and says how much video is left",
 }
+_PARTS = "text_encoder", "tokenizer", "vae"
 # By name in the manifest, the key of the official configuration.
 _SCHEDULE = {
     "num_inference_steps": "num_steps",
@@ -53,13 +63,21 @@ _SCHEDULE = {
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Shape]]:
-    return {"transformer": transformer_tensors(checkpoint.transformer.config)}
+    expected = {"transformer": transformer_tensors(checkpoint.transformer.config)}
+    if (text := checkpoint.text_encoder) is not None:
+        expected["text_encoder"] = text_encoder_tensors(text.config, text.tensors.names())
+    return expected
 
 
 def _components(checkpoint: Checkpoint) -> Iterator[tuple[Part, ComponentSource]]:
-    part = checkpoint.transformer
-    for source in transformer_components(part.config, part.tensors):
-        yield part, source
+    makers = (
+        (checkpoint.transformer, transformer_components),
+        (checkpoint.text_encoder, text_encoder_components),
+    )
+    for part, make in makers:
+        if part is not None:
+            for source in make(part.config, part.tensors):
+                yield part, source
 
 
 def _tables(checkpoint: Checkpoint) -> list[Table]:
@@ -69,16 +87,22 @@ def _tables(checkpoint: Checkpoint) -> list[Table]:
     if file.is_file():
         load = partial(load_special_tokens, file, config["caption_channels"])
         tables.append(Table("special_tokens", SPECIAL_TOKENS, load))
+    if (text := checkpoint.text_encoder) is not None:
+        tables.append(Table("text_embed", TOKEN_TABLE, text_embedding_table(text.tensors)))
     return tables
 
 
 def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
-    return 2 * int(checkpoint.transformer.config["num_layers"]), 7
+    layers, components = 2 * int(checkpoint.transformer.config["num_layers"]), 7
+    if checkpoint.text_encoder is not None:
+        layers += int(checkpoint.text_encoder.config["num_layers"]) + 1  # the norm
+        components += 2
+    return layers, components
 
 
 def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
     part, settings = checkpoint.transformer, checkpoint.scheduler or {}
-    return {
+    config = {
         "transformer": describe_transformer(part.config, part.tensors),
         "schedule": _describe_schedule(settings),
         "video": {
@@ -87,6 +111,10 @@ def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
             "num_frames": settings["num_frames"],
         },
     }
+    if (text := checkpoint.text_encoder) is not None:
+        limit = {"max_tokens": part.config["caption_max_length"]}
+        config["text_encoder"] = describe_text_encoder(text.config) | limit
+    return config
 
 
 def _describe_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,11 +126,10 @@ def _describe_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _missing(checkpoint: Checkpoint) -> dict[str, str]:
-    """All but the transformer: `load_magi_checkpoint` opens nothing else."""
-    missing = dict(_CONSEQUENCES)
+    there = [name for name in _PARTS if getattr(checkpoint, name) is not None]
     if (checkpoint.path / SPECIAL_TOKENS_FILE).is_file():
-        del missing[SPECIAL_TOKENS_FILE]
-    return missing
+        there.append(SPECIAL_TOKENS_FILE)
+    return {name: words for name, words in _CONSEQUENCES.items() if name not in there}
 
 
 def _plan(checkpoint: Checkpoint, dtype: torch.dtype, model: str, video: VideoSizes) -> str:
@@ -124,4 +151,5 @@ MAGI_FAMILY = Family(
     describe=_describe,
     missing=_missing,
     plan=_plan,
+    write_tokenizer=write_t5_tokenizer,
 )

@@ -1,6 +1,6 @@
 """The adapter of SkyReels-V2: transformer, umT5 text encoder and Wan's autoencoder.
 
-Neighbours: `skyreels_components`, `umt5` and `wan_vae_components` make the graphs; `families` lists
+Neighbours: `skyreels_components`, `t5` and `wan_vae_components` make the graphs; `families` lists
 this adapter.
 """
 
@@ -24,13 +24,13 @@ from mc_export.skyreels_components import (
     transformer_components,
     transformer_tensors,
 )
-from mc_export.tensor_source import Shape
-from mc_export.umt5 import (
+from mc_export.t5 import (
     describe_text_encoder,
     text_embedding_table,
     text_encoder_components,
     text_encoder_tensors,
 )
+from mc_export.tensor_source import Shape
 from mc_export.wan_vae_components import describe_vae, vae_components, vae_tensors
 
 CHUNK_FRAMES = 5

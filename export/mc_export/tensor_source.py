@@ -5,7 +5,14 @@ cache of the operating system, so that reading a 28 GB checkpoint needs little m
 `RandomSource` is the neighbour that needs no file.
 """
 
-__all__ = ["PickleSource", "RenamedSource", "SafetensorsSource", "Shape", "TensorSource"]
+__all__ = [
+    "PickleSource",
+    "RenamedSource",
+    "SafetensorsSource",
+    "Shape",
+    "TensorSource",
+    "open_weights",
+]
 
 import json
 import pickle
@@ -22,7 +29,7 @@ from mc_engines.errors import CheckpointError, require
 
 Shape: TypeAlias = tuple[int, ...]
 
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.(?P<kind>safetensors|bin)")
 _FETCH_AGAIN = "Fetch the checkpoint again."
 
 
@@ -107,16 +114,25 @@ class SafetensorsSource:
 
 
 class PickleSource:
-    """The tensors of one torch file (`.pth`), unpickled with weights only and mapped.
+    """The tensors of torch files (`.pth`, `.bin`), unpickled with weights only and mapped.
 
     Args:
-        file: Written by `torch.save`: a dictionary of tensors, not nested.
+        files: Written by `torch.save`: dictionaries of tensors, not nested. If two hold a tensor,
+            which a tied one may be, it is that of the last.
 
     Raises:
-        CheckpointError: The file is damaged, cannot be mapped, or holds anything but tensors.
+        CheckpointError: A file is damaged, cannot be mapped, or holds anything but tensors; or one
+            of several is missing.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, *files: Path) -> None:
+        _check_shards(list(files))
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            self._tensors |= self._open(file)
+
+    @staticmethod
+    def _open(file: Path) -> dict[str, Tensor]:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
@@ -136,10 +152,10 @@ class PickleSource:
                 f"{file}: expected a dictionary of tensors, got something else. "
                 "Save the state dict alone."
             )
-        self._tensors: dict[str, Tensor] = tensors
+        return tensors
 
     def names(self) -> frozenset[str]:
-        """Every key of the dictionary."""
+        """Every key of the dictionaries."""
         return frozenset(self._tensors)
 
     def shape(self, name: str) -> Shape:
@@ -196,6 +212,25 @@ class RenamedSource:
         return self._source.load(self._old[name])
 
 
+def open_weights(folder: Path) -> TensorSource:
+    """Open a folder's `*.safetensors`, or where there are none its `*.bin`.
+
+    Args:
+        folder: Where the files lie.
+
+    Returns:
+        The tensors of all of them.
+
+    Raises:
+        CheckpointError: There is no such file, one is missing or damaged.
+        MissingExtraError: safetensors is not installed.
+    """
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        return PickleSource(*pickles)
+    return SafetensorsSource(folder)
+
+
 def _listed_tensors(folder: Path) -> dict[str, Path]:
     """The file of each tensor, as the folder's index says; empty without an index."""
     listed: dict[str, Path] = {}
@@ -215,7 +250,8 @@ def _check_shards(files: list[Path]) -> None:
     for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
         for number in range(1, int(match["count"]) + 1):
             shard = (
-                files[0].parent / f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
+                files[0].parent
+                / f"{match['stem']}-{number:05d}-of-{match['count']}.{match['kind']}"
             )
             if shard not in files:
                 raise CheckpointError(

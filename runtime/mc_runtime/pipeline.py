@@ -150,7 +150,11 @@ class VideoPipeline:
             norm,
             partial(self._layer_weights, "text_layer"),
             partial(self._layer_weights, "text_norm", 0),
-            *(config[name] for name in ("layers", "relative_buckets", "relative_max_distance")),
+            config["layers"],
+            config["relative_buckets"],
+            config["relative_max_distance"],
+            self.family.clean,
+            self.family.pads_text,
         )
 
     @opened_once

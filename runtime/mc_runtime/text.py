@@ -119,6 +119,9 @@ class TextEncoder:
         layers: Number of layers.
         relative_buckets: See `relative_position_buckets`.
         relative_max_distance: See `relative_position_buckets`.
+        clean: Cleans a prompt.
+        padded: Whether the rows of an embedding after the prompt are zeros, as many as there can
+            be tokens; else there are none.
     """
 
     tokenizer: Tokenizer
@@ -130,6 +133,8 @@ class TextEncoder:
     layers: int
     relative_buckets: int
     relative_max_distance: int
+    clean: Callable[[str], str] = clean_prompt
+    padded: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class EncodedPrompt:
     """What the transformer sees of a prompt.
 
     Attributes:
-        embedding: shape (1, max_tokens, C); the rows after the prompt's last token are zero.
+        embedding: shape (1, rows, C); see `TextEncoder.padded`.
         tokens: Tokens of the prompt that were encoded, the end-of-sequence token among them.
         cut: Tokens at the end of the prompt that did not fit.
     """
@@ -190,12 +195,12 @@ def encode_prompt(prompt: str, encoder: TextEncoder, max_tokens: int = 512) -> E
     """Clean, tokenise and encode a prompt.
 
     Only the prompt's own tokens are computed. That is what masking the padding comes to: a masked
-    key has weight zero, and the rows after the prompt are replaced by zeros.
+    key has weight zero, and the rows after the prompt are zeros, or left out.
 
     Args:
         prompt: Text; may be empty.
         encoder: The parts of the encoder.
-        max_tokens: Rows of the embedding; a longer prompt is cut, its end-of-sequence token stays.
+        max_tokens: A longer prompt is cut; its end-of-sequence token stays.
 
     Returns:
         The embedding, and how many tokens were encoded and cut.
@@ -205,11 +210,13 @@ def encode_prompt(prompt: str, encoder: TextEncoder, max_tokens: int = 512) -> E
         BundleError: The tokenizer knows tokens that the table lacks.
         EngineError: A graph failed, or gave NaN or infinity.
 
-    Source: diffusers 0.42.1, pipeline_skyreels_v2_diffusion_forcing.py, encode_prompt.
+    Source: diffusers 0.42.1, pipeline_skyreels_v2_diffusion_forcing.py, encode_prompt;
+        SandAI-org/MAGI-1 6ff822e, inference/pipeline/prompt_process.py.
     """
-    ids, cut = encoder.tokenizer.encode(clean_prompt(prompt), max_tokens)
+    ids, cut = encoder.tokenizer.encode(encoder.clean(prompt), max_tokens)
     encoded = _run_layers(_look_up(encoder.table, ids), encoder)
-    embedding = np.zeros((1, max_tokens, encoded.shape[-1]), np.float32)
+    rows = max_tokens if encoder.padded else len(ids)
+    embedding = np.zeros((1, rows, encoded.shape[-1]), np.float32)
     embedding[:, : len(ids)] = encoded
     return EncodedPrompt(embedding, tokens=len(ids), cut=cut)
 

@@ -19,7 +19,7 @@ from mc_export.onnx_export import export_component
 from mc_export.passes.set_precision import DATA_TYPES, set_precision
 from mc_export.passes.store_weights import StoredWeights
 from mc_export.skyreels_components import transformer_components, transformer_tensors
-from mc_export.umt5 import text_encoder_components, text_encoder_tensors
+from mc_export.t5 import text_encoder_components, text_encoder_tensors
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra rtx)")
 

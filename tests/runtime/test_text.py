@@ -17,7 +17,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from mc_engines.errors import BundleError, EngineError
 from mc_export.random_source import RandomSource
-from mc_export.umt5 import (
+from mc_export.t5 import (
     describe_text_encoder,
     text_encoder_components,
     text_encoder_tensors,

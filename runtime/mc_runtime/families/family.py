@@ -17,6 +17,7 @@ from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid
 from mc_runtime.schedule import Window as WindowPlan
+from mc_runtime.text import clean_prompt
 from motioncache import Policy
 
 ENGINES = "engines on a GPU"
@@ -48,6 +49,8 @@ class Family:
         measures_inputs: Whether the distances of steps are measured on the embedded latents, so
             that they are not known before the run; else they are those of the modulation.
         prompts: From prompt and negative prompt to the texts that are encoded, under their names.
+        clean: Cleans a prompt.
+        pads_text: See `TextEncoder.padded`.
         not_yet: Commands, and `engines on a GPU`, that do not take bundles of the family yet.
         tables: Of the bundle, that a run takes besides the texts.
         describe: What a trace has to say of a run, for those who count its work (`count_work`).
@@ -66,6 +69,8 @@ class Family:
     describe: Callable[[Inputs, RunPlan], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
     tables: tuple[str, ...] = ()
+    clean: Callable[[str], str] = clean_prompt
+    pads_text: bool = True
     not_yet: tuple[str, ...] = ()
 
     def require(self, what: str) -> None:

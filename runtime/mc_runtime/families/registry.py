@@ -2,6 +2,7 @@
 
 __all__ = ["FAMILIES"]
 
+from mc_runtime.caption import clean_caption
 from mc_runtime.families import magi, skyreels
 from mc_runtime.families.family import ENGINES, Family
 
@@ -31,6 +32,8 @@ _MAGI = Family(
     describe=magi.describe,
     start=magi.start,
     tables=("null_text", "special_tokens"),
+    clean=clean_caption,
+    pads_text=False,
     not_yet=(ENGINES, "mc-calibrate", "mc-bench"),
 )
 FAMILIES = {family.name: family for family in (_SKYREELS, _MAGI)}

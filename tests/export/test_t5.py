@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from mc_engines.errors import CheckpointError
 from mc_export.onnx_export import ISLAND_SCOPE, export_component
 from mc_export.passes.set_precision import set_precision
-from mc_export.umt5 import (
+from mc_export.t5 import (
     describe_text_encoder,
     text_embedding_table,
     text_encoder_components,
@@ -18,6 +18,7 @@ from mc_export.umt5 import (
 )
 
 TOLERANCE = 1e-4
+KINDS = {"umt5": (UMT5EncoderModel, UMT5Config), "t5": (T5EncoderModel, T5Config)}
 SIZES = {
     "square": dict(d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2),
     "narrow-heads": dict(d_model=24, d_kv=4, num_heads=3, d_ff=20, num_layers=3),
@@ -55,9 +56,10 @@ class DictSource:
         return self.tensors[name]
 
 
-def make_model(sizes, seed=0):
+def make_model(sizes, kind="umt5", seed=0):
     torch.manual_seed(seed)
-    model = UMT5EncoderModel(UMT5Config(vocab_size=50, **sizes)).eval()
+    encoder, config = KINDS[kind]
+    model = encoder(config(vocab_size=50, feed_forward_proj="gated-gelu", **sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # transformers starts norms at one
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -73,7 +75,13 @@ def source_of(model):
 def buckets_of(model, tokens):
     offset = torch.arange(tokens) - torch.arange(tokens)[:, None]
     attention = model.encoder.block[0].layer[0].SelfAttention
-    return attention._relative_position_bucket(offset).to(torch.int32)
+    given = {}
+    if isinstance(model, T5EncoderModel):  # it is static there
+        given = {
+            "num_buckets": attention.relative_attention_num_buckets,
+            "max_distance": attention.relative_attention_max_distance,
+        }
+    return attention._relative_position_bucket(offset, **given).to(torch.int32)
 
 
 def encode(components, source, ids, buckets, run):
@@ -100,10 +108,15 @@ def sizes(request):
     return SIZES[request.param]
 
 
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_layers_equal_transformers(sizes, tokens):
-    model = make_model(sizes)
+def test_layers_equal_transformers(sizes, kind, tokens):
+    model = make_model(sizes, kind)
     source = source_of(model)
     ids = torch.arange(tokens) * 7 % 50
     components = text_encoder_components(model.config.to_dict(), source)
@@ -112,8 +125,8 @@ def test_layers_equal_transformers(sizes, tokens):
     assert (got - expected).abs().max() <= TOLERANCE
 
 
-def test_names_and_shapes_are_those_transformers_saves(sizes, tmp_path):
-    model = make_model(sizes)
+def test_names_and_shapes_are_those_transformers_saves(sizes, kind, tmp_path):
+    model = make_model(sizes, kind)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     expected = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -121,8 +134,8 @@ def test_names_and_shapes_are_those_transformers_saves(sizes, tmp_path):
 
 
 @torch.no_grad()
-def test_a_layers_weights_fit_the_modules_parameters(sizes):
-    model = make_model(sizes).to(torch.bfloat16)
+def test_a_layers_weights_fit_the_modules_parameters(sizes, kind):
+    model = make_model(sizes, kind).to(torch.bfloat16)
     for component in text_encoder_components(model.config.to_dict(), source_of(model)):
         parameters = dict(component.module.named_parameters())
         for load in component.layers:
@@ -146,9 +159,19 @@ def test_weights_are_loaded_one_layer_at_a_time():
     assert source.loaded[10:] == ["encoder.final_layer_norm.weight"]
 
 
+def test_all_layers_of_t5_take_the_biases_of_the_first():
+    model = make_model(SIZES["narrow-heads"], "t5")
+    source = source_of(model)
+    layer, _ = text_encoder_components(model.config.to_dict(), source)
+    biases = [load()["position_bias"] for load in layer.layers]
+    first = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    assert len(biases) == 3
+    assert all(torch.equal(bias, first) for bias in biases)
+
+
 @torch.no_grad()
-def test_graphs_equal_transformers_in_onnxruntime():
-    model = make_model(SIZES["narrow-heads"], seed=3)
+def test_graphs_equal_transformers_in_onnxruntime(kind):
+    model = make_model(SIZES["narrow-heads"], kind, seed=3)
     source = source_of(model)
     components = text_encoder_components(model.config.to_dict(), source)
     sessions = {}
@@ -255,14 +278,14 @@ def test_the_description_holds_what_a_program_needs():
     ("change", "message"),
     [
         (
-            {"model_type": "t5"},
-            "text encoder config: expected model_type 'umt5', got 't5'. "
-            "Use a checkpoint whose text encoder is umT5.",
+            {"model_type": "mt5"},
+            "text encoder config: expected model_type 'umt5' or 't5', got 'mt5'. "
+            "Use a checkpoint whose text encoder is umT5, or T5 of version 1.1.",
         ),
         (
             {"feed_forward_proj": "relu"},
             "text encoder config: expected feed_forward_proj 'gated-gelu', got 'relu'. "
-            "Use a checkpoint whose text encoder is umT5.",
+            "Use a checkpoint whose text encoder is umT5, or T5 of version 1.1.",
         ),
         (
             {"d_kv": None},

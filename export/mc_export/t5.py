@@ -1,6 +1,7 @@
-"""The umT5 text encoder as two graphs: one layer with its weights as inputs, and the last norm.
+"""The text encoders T5 and umT5 as two graphs: a layer that takes its weights, and the last norm.
 
-The word embedding is no graph but a table, of which `mc_runtime.text` reads one row per token; the
+In umT5 every layer has relative position biases of its own, in T5 all take those of the first. The
+word embedding is no graph but a table, of which `mc_runtime.text` reads one row per token; the
 relative position buckets come from there too. Neighbours: `check_tensors` holds a checkpoint
 against `text_encoder_tensors`; `export_component` traces what `text_encoder_components` returns.
 
@@ -10,7 +11,7 @@ and so is whatever reads it. In T5 it can outgrow float16, whose largest value i
 Axes: T tokens, C channels, H heads, D head size.
 
 Source: umT5 (arXiv 2304.09151) on T5 1.1 (arXiv 1910.10683); tensor names are those of
-transformers' UMT5EncoderModel.
+transformers' UMT5EncoderModel and T5EncoderModel.
 """
 
 __all__ = [
@@ -36,6 +37,8 @@ from mc_export.layers import RmsNorm
 # One table under two names: a checkpoint holds either or both.
 TABLE_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
 SAMPLE_TOKENS = 8
+# By model_type: whether every layer has relative position biases of its own.
+_OWN_BIASES = {"umt5": True, "t5": False}
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,24 @@ class _Config:
     relative_attention_num_buckets: int
     relative_attention_max_distance: int
     layer_norm_epsilon: float
+    own_biases: bool
+
+    def biased_layer(self, layer: int) -> int:
+        """Whose relative position biases a layer adds."""
+        return layer if self.own_biases else 0
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "_Config":
         """Take the sizes from config.json, after refusing what these graphs do not compute."""
-        for key, expected in (("model_type", "umt5"), ("feed_forward_proj", "gated-gelu")):
-            if config.get(key) != expected:
+        for key, choices in (("model_type", _OWN_BIASES), ("feed_forward_proj", ["gated-gelu"])):
+            if config.get(key) not in choices:
+                expected = " or ".join(f"'{choice}'" for choice in choices)
                 raise CheckpointError(
-                    f"text encoder config: expected {key} '{expected}', got {config.get(key)!r}. "
-                    "Use a checkpoint whose text encoder is umT5."
+                    f"text encoder config: expected {key} {expected}, got {config.get(key)!r}. "
+                    "Use a checkpoint whose text encoder is umT5, or T5 of version 1.1."
                 )
-        sizes: dict[str, Any] = {field.name: config.get(field.name) for field in fields(cls)}
+        names = [field.name for field in fields(cls) if field.name != "own_biases"]
+        sizes: dict[str, Any] = {name: config.get(name) for name in names}
         for name, size in sizes.items():
             kinds = (int, float) if name == "layer_norm_epsilon" else (int,)
             if not isinstance(size, kinds) or size <= 0:
@@ -69,7 +79,7 @@ class _Config:
                     f"text encoder config: expected a positive number as {name}, got {size!r}. "
                     "Take config.json from where the weights come from."
                 )
-        return cls(**sizes)
+        return cls(**sizes, own_biases=_OWN_BIASES[config["model_type"]])
 
 
 class AttentionSum(Island):
@@ -97,7 +107,7 @@ class FeedForwardSum(Island):
 
 
 class TextLayer(nn.Module):
-    """One encoder layer; every layer has relative position biases of its own."""
+    """One encoder layer."""
 
     def __init__(self, config: _Config) -> None:
         super().__init__()
@@ -127,7 +137,7 @@ class TextLayer(nn.Module):
             for part in (x @ self.qkv).chunk(3, dim=-1)
         )
         bias = nn.functional.embedding(buckets, self.position_bias).permute(2, 0, 1)
-        # umT5 scales nothing here. Softmax is no island: TensorRT fuses MatMul, Softmax, MatMul
+        # T5 scales nothing here. Softmax is no island: TensorRT fuses MatMul, Softmax, MatMul
         # into one kernel only where all three are of one type.
         scores = torch.softmax(q @ k.transpose(-1, -2) + bias, dim=-1)
         attended: Tensor = (scores @ v).transpose(1, 2).flatten(2) @ self.out
@@ -148,7 +158,7 @@ def text_encoder_tensors(
         Shape by name; matrices are [out, in].
 
     Raises:
-        CheckpointError: The config is not that of a umT5 encoder.
+        CheckpointError: The config is not that of a T5 or umT5 encoder.
     """
     sizes = _Config.read(config)
     channels, inner = sizes.d_model, sizes.num_heads * sizes.d_kv
@@ -162,15 +172,16 @@ def text_encoder_tensors(
             f"{attention}SelfAttention.k.weight": (inner, channels),
             f"{attention}SelfAttention.v.weight": (inner, channels),
             f"{attention}SelfAttention.o.weight": (channels, inner),
-            f"{attention}SelfAttention.relative_attention_bias.weight": (
-                sizes.relative_attention_num_buckets,
-                sizes.num_heads,
-            ),
             f"{feed_forward}layer_norm.weight": (channels,),
             f"{feed_forward}DenseReluDense.wi_0.weight": (sizes.d_ff, channels),
             f"{feed_forward}DenseReluDense.wi_1.weight": (sizes.d_ff, channels),
             f"{feed_forward}DenseReluDense.wo.weight": (channels, sizes.d_ff),
         }
+        if sizes.biased_layer(layer) == layer:
+            shapes[f"{attention}SelfAttention.relative_attention_bias.weight"] = (
+                sizes.relative_attention_num_buckets,
+                sizes.num_heads,
+            )
     return shapes | {"encoder.final_layer_norm.weight": (channels,)}
 
 
@@ -185,7 +196,7 @@ def describe_text_encoder(config: Mapping[str, Any]) -> dict[str, int]:
         input `buckets` of `text_layer` follows.
 
     Raises:
-        CheckpointError: The config is not that of a umT5 encoder.
+        CheckpointError: The config is not that of a T5 or umT5 encoder.
     """
     sizes = _Config.read(config)
     return {
@@ -235,7 +246,7 @@ def text_encoder_components(
         `text_layer` and `text_norm`, both with their weights as inputs.
 
     Raises:
-        CheckpointError: The config is not that of a umT5 encoder.
+        CheckpointError: The config is not that of a T5 or umT5 encoder.
     """
     sizes = _Config.read(config)
     seeded, last = torch.Generator().manual_seed(0), sizes.relative_attention_num_buckets
@@ -251,7 +262,7 @@ def text_encoder_components(
             dynamic={"hidden": {1: "T"}, "buckets": {0: "T", 1: "T"}},
             outputs=("output",),
             float32=frozenset({"hidden", "output"}),
-            layers=tuple(_layer_loader(tensors, layer) for layer in range(sizes.num_layers)),
+            layers=tuple(_layer_loader(sizes, tensors, layer) for layer in range(sizes.num_layers)),
         ),
         ComponentSource(
             name="text_norm",
@@ -265,10 +276,12 @@ def text_encoder_components(
     ]
 
 
-def _layer_loader(tensors: TensorSource, layer: int) -> Callable[[], dict[str, Tensor]]:
+def _layer_loader(
+    sizes: _Config, tensors: TensorSource, layer: int
+) -> Callable[[], dict[str, Tensor]]:
     """Make the callable that loads one layer, named and laid out as `TextLayer` has it."""
 
-    def load(name: str) -> Tensor:
+    def load(name: str, layer: int = layer) -> Tensor:
         return load_finite(tensors, f"encoder.block.{layer}.layer.{name}.weight")
 
     def stack(*names: str) -> Tensor:
@@ -278,7 +291,9 @@ def _layer_loader(tensors: TensorSource, layer: int) -> Callable[[], dict[str, T
         return {
             "attention_norm.weight": load("0.layer_norm"),
             "qkv": stack("0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v"),
-            "position_bias": load("0.SelfAttention.relative_attention_bias"),
+            "position_bias": load(
+                "0.SelfAttention.relative_attention_bias", sizes.biased_layer(layer)
+            ),
             "out": stack("0.SelfAttention.o"),
             "feed_forward_norm.weight": load("1.layer_norm"),
             "gate_value": stack("1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"),
