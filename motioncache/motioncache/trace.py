@@ -66,7 +66,8 @@ class DecisionTrace:
         policy_ms: The part of `host_ms` that the policy took; like mode.
         step: The step that a chunk takes, 1 to N, 0 where none; shape (rows, chunks), int16.
         window_start: First row of each window.
-        run: What was run, ready for JSON: `frames`, `positions`, `clean_pass` and more.
+        run: What was run, ready for JSON: `frames`, `positions`, `clean_pass` and more;
+            `branches`, their names, where they are not cond and uncond.
     """
 
     recompute: NDArray[np.int8]
@@ -173,6 +174,12 @@ class DecisionTrace:
         """Write the lines to an opened file."""
         file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines())
 
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """Names of the guidance branches, in their order."""
+        names = self.run.get("branches", ("cond", "uncond"))
+        return tuple(names[: self.mode.shape[1]])
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield one record per row, branch and chunk that did anything, ready for JSON."""
         for row, branch, chunk in np.argwhere(self.mode != Mode.IDLE).tolist():
@@ -181,7 +188,7 @@ class DecisionTrace:
             yield {
                 "row": row,
                 "window": int(np.searchsorted(self.window_start, row, side="right")) - 1,
-                "branch": ("cond", "uncond")[branch],
+                "branch": self.branch_names[branch],
                 "chunk": chunk,
                 "step": int(self.step[row, chunk]),
                 "mode": Mode(self.mode[at]).name.lower(),

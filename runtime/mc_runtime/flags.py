@@ -58,7 +58,7 @@ _HELP = {
     "ar_step": "Steps a chunk lags behind the one before; 0: all together.",
     "causal_block_size": "Latent frames of a chunk.",
     "base_num_frames": "Frames of a window.",
-    "overlap_history": "Frames that a window takes over.",
+    "overlap_history": "Frames that a window takes over, and of a video those continued.",
     "addnoise_condition": "Noise added to what is taken over, in thousandths.",
     "sigma_table": "Whose noise levels.",
     "first_sample": "How the second step is corrected: as diffusers' pipeline, or as in UniPC.",

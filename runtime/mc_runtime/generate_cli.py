@@ -7,8 +7,6 @@ The flags of the settings are those of `mc_runtime.flags`.
 __all__ = ["main"]
 
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -37,19 +35,17 @@ from mc_runtime.flags import (
     make_say,
     setting_options,
 )
+from mc_runtime.input_file import read_array
 from mc_runtime.options import Chunk
 from mc_runtime.output_file import check_distinct, check_output, replace_file
-from mc_runtime.pipeline import IMAGE_REFUSED, VideoPipeline
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.run_record import hash_files, read_options, record_run, write_record
 from mc_runtime.video import VideoWriter, read_video
 from motioncache import DecisionTrace, Policy
 
-_INPUT_FILES = "video", "prompt_embeds", "latents", "replay"
-_NOISE, _PROMPT, _NEGATIVE = "noise", "prompt_embeds", "negative_prompt_embeds"
-# What numpy raises for a text, a lone array, an empty, cut or damaged file.
-_NOT_NPZ = (
-    OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error
-)  # fmt: skip
+_INPUT_FILES = "video", "image", "prefix_latents", "prompt_embeds", "latents", "replay"
+_LATENTS = {"prefix_latents": "latents", "latents": "noise"}  # arrays of the files
+_PROMPT, _NEGATIVE = "prompt_embeds", "negative_prompt_embeds"
 
 
 @dataclass
@@ -75,7 +71,8 @@ class _Run:
 @click.option("--negative-prompt", help="What not to show; empty by default.")
 @click.option("-o", "--output", type=FILE, help="The mp4 to write; a JSON is written beside it.")
 @click.option("--video", type=INPUT, help="A video to continue; its last frames come first.")
-@click.option("--image", type=FILE, help="Refused: one frame does not fill a chunk.")
+@click.option("--image", type=INPUT, help="An image to begin with; SkyReels-V2 refuses it.")
+@click.option("--prefix-latents", type=INPUT, help="npz with latents to begin with, of MAGI-1.")
 @click.option("--prompt-embeds", type=INPUT, help="npz with prompt_embeds instead of a prompt.")
 @click.option("--latents", type=INPUT, help="npz with noise; the sizes follow from it.")
 @click.option("--save-latents", type=FILE, help="npz to write; without -o no VAE is needed.")
@@ -118,8 +115,6 @@ def main(
         raise click.UsageError("Missing option '-o' or '--save-latents'. Name an output.")
     if trace is not None:
         outputs += [trace, Path(f"{trace}.jsonl")]
-    if values.pop("image") is not None:
-        raise ValueError(IMAGE_REFUSED)
     for path in outputs:
         check_output(path, overwrite)
     record = outputs[0].with_suffix(".json")
@@ -226,17 +221,23 @@ def _prepare(
 ) -> _Run:
     """Read the input files and settle the options."""
     files = {name: values[name] for name in _INPUT_FILES if values.get(name)}
-    noise = _load(files["latents"], _NOISE) if "latents" in files else None
-    sizes = {} if noise is None else _sizes(noise, pipeline, given)
+    arrays: dict[str, Any] = {"latents": None}
+    sizes: dict[str, int] = {}
+    for name, array in _LATENTS.items():
+        if name in files:
+            arrays[name] = read_array(files[name], array)
+            sizes |= _sizes(array, arrays[name], pipeline, given)
     options = choose_options(pipeline.default_options, values | sizes)
-    arrays: dict[str, Any] = {"latents": noise}
     for name in (_PROMPT, _NEGATIVE):
         wanted = "prompt_embeds" in files and (name == _PROMPT or pipeline.family.guided(options))
         wanted = wanted and (name == _PROMPT or values["negative_prompt"] is None)
-        arrays[name] = _load(files["prompt_embeds"], name) if wanted else None
+        arrays[name] = read_array(files["prompt_embeds"], name) if wanted else None
+    size = options.width, options.height
     if "video" in files:
         continued = pipeline.family.continued(sys.maxsize, options)
-        arrays["video"] = read_video(files["video"], options.width, options.height, continued)
+        arrays["video"] = read_video(files["video"], *size, continued)
+    if "image" in files:
+        arrays["image"] = read_video(files["image"], *size, 1)[0]
     texts = {name: values[name] for name in ("prompt", "negative_prompt")}
     hashes = hash_files(files)
     policy = _choose_policy(pipeline, values, given)
@@ -256,41 +257,24 @@ def _choose_policy(
     return pipeline.find_policy(DecisionTrace.load(values["replay"]))
 
 
-def _load(path: Path, name: str) -> NDArray[Any]:
-    """Read one array of an npz; the pipeline checks its shape."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if name in arrays:
-                array: NDArray[Any] = arrays[name]
-                return array
-            found = ", ".join(arrays)
-    except _NOT_NPZ as error:
-        raise ValueError(
-            f"{path}: expected an npz file, got: {error}. Write it with numpy.savez."
-        ) from error
-    raise ValueError(f"{path}: expected an array '{name}', got {found}. Add it to the file.")
-
-
 def _sizes(
-    noise: NDArray[Any], pipeline: VideoPipeline, given: Mapping[str, Any]
+    name: str, array: NDArray[Any], pipeline: VideoPipeline, given: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Sizes that follow from the noise; flags that say otherwise are refused."""
-    if noise.ndim != 4:
+    """Sizes that follow from latents, from noise all; flags that say otherwise are refused."""
+    if array.ndim != 4:
         raise ValueError(
-            f"{_NOISE}: expected float32 (16, frames, h, w), got {noise.dtype} {noise.shape}. "
+            f"{name}: expected float32 (16, frames, h, w), got {array.dtype} {array.shape}. "
             "Leave out axes of size 1."
         )
     grid = pipeline.grid
-    _, frames, height, width = noise.shape
-    sizes = {
-        "num_frames": grid.pixel_frames(frames),
-        "height": height * grid.spatial_factor,
-        "width": width * grid.spatial_factor,
-    }
-    for name, size in sizes.items():
-        if given.get(name, size) != size:
+    _, frames, height, width = array.shape
+    sizes = {"height": height * grid.spatial_factor, "width": width * grid.spatial_factor}
+    if name == _LATENTS["latents"]:
+        sizes["num_frames"] = grid.pixel_frames(frames)
+    for side, size in sizes.items():
+        if given.get(side, size) != size:
             raise ValueError(
-                f"{name}: expected {size}, which the latents have, got {given[name]}. Leave it out."
+                f"{side}: expected {size}, which the latents have, got {given[side]}. Leave it out."
             )
     return sizes
 

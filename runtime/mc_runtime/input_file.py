@@ -1,13 +1,23 @@
-"""JSON that a command wrote earlier and another reads back.
+"""JSON that a command wrote earlier and another reads back, and arrays.
 
 Neighbours: `run_record` and `bench.compare` say what they read; `output_file` is the way out.
 """
 
-__all__ = ["read_json"]
+__all__ = ["read_array", "read_json"]
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What numpy raises for a text, a lone array, an empty, cut or damaged file.
+_NOT_NPZ = (
+    OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
 
 
 def read_json(path: Path, schema: str, what: str, remedy: str) -> dict[str, Any]:
@@ -34,6 +44,32 @@ def read_json(path: Path, schema: str, what: str, remedy: str) -> dict[str, Any]
     if value.get("schema") != schema:
         raise ValueError(f"{path}: expected schema {schema}, got {value.get('schema')}. {remedy}")
     return value
+
+
+def read_array(path: Path, name: str) -> NDArray[Any]:
+    """Read one array of an npz; its shape is for the caller to check.
+
+    Args:
+        path: The file.
+        name: Of the array.
+
+    Returns:
+        The array.
+
+    Raises:
+        ValueError: It is no npz, or has no such array.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if name in arrays:
+                array: NDArray[Any] = arrays[name]
+                return array
+            found = ", ".join(arrays)
+    except _NOT_NPZ as error:
+        raise ValueError(
+            f"{path}: expected an npz file, got: {error}. Write it with numpy.savez."
+        ) from error
+    raise ValueError(f"{path}: expected an array '{name}', got {found}. Add it to the file.")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """From a prompt to a video: `VideoPipeline` opens a bundle and generates chunk by chunk.
 
-The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `VaeDecoder.decode`;
+The path: `encode_prompt`, `plan_windows`, `step_matrix`, `denoise_window`, `Decoder.decode`;
 `mc_runtime.video` writes the frames.
 """
 
@@ -33,17 +33,14 @@ from mc_runtime.inputs import Inputs, check_array, check_policy
 from mc_runtime.opened_once import opened_once
 from mc_runtime.options import Video
 from mc_runtime.passes import HostPasses, Passes
+from mc_runtime.prefix import Prefix, choose_prefix
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid
 from mc_runtime.text import TextEncoder, Tokenizer, encode_prompt
 from mc_runtime.transformer import Transformer, TransformerConfig, open_transformer
-from mc_runtime.vae import VaeConfig, VaeDecoder, VaeEncoder
+from mc_runtime.vae import Decoder, Encoder, VaeParts
 from motioncache import DecisionTrace, Policy, choose_policy, replay
 
-IMAGE_REFUSED = (
-    "image: expected none, got one. One frame is one latent frame and does not fill a chunk: "
-    "pass a clip of at least 17 frames as video."
-)
 Embedding = NDArray[np.float32]
 Latents = NDArray[np.float32]
 
@@ -158,16 +155,14 @@ class VideoPipeline:
         )
 
     @opened_once
-    def decoder(self) -> VaeDecoder:
+    def decoder(self) -> Decoder:
         """The VAE's decoder; raises BundleError where the bundle has none."""
-        first, later = self._open("vae_decoder_first"), self._open("vae_decoder_next")
-        return VaeDecoder(first, later, self._vae_config)
+        return self.family.open_decoder(self._vae_parts)
 
     @opened_once
-    def encoder(self) -> VaeEncoder:
+    def encoder(self) -> Encoder:
         """The VAE's encoder; raises BundleError where the bundle has none."""
-        first, later = self._open("vae_encoder_first"), self._open("vae_encoder_next")
-        return VaeEncoder(first, later, self._vae_config)
+        return self.family.open_encoder(self._vae_parts)
 
     def _layer_weights(self, component: str, layer: int) -> Arrays:
         """Weights as what runs them takes them, so that nothing is cast there and back."""
@@ -175,16 +170,17 @@ class VideoPipeline:
             return self.device.load_weights(component, layer)
         return self.bundle.layer_weights(component, layer, "fp32")
 
-    def _open(self, component: str) -> Runner:
+    def _open(self, component: str, form: str = "fp32") -> Runner:
         if self.device is not None and component in self.device.engines:
             outputs = self.device.engines[component].graph.outputs
             states = {spec.name for spec in outputs if spec.name.startswith("next_state")}
             return DeviceRunner(self.device, component, frozenset(states))
-        return open_runner(self.bundle, component, "fp32", self.threads, self.provider)
+        return open_runner(self.bundle, component, form, self.threads, self.provider)
 
     @property
-    def _vae_config(self) -> VaeConfig:
-        return VaeConfig(**self.bundle.manifest.config["vae"])
+    def _vae_parts(self) -> VaeParts:
+        config = self.bundle.manifest.config.get("vae", {})
+        return VaeParts(config, self._open, self._layer_weights, self.bundle.map_tensors)
 
     @property
     def grid(self) -> LatentGrid:
@@ -221,7 +217,8 @@ class VideoPipeline:
         negative_prompt_embeds: Embedding | None = None,
         latents: Latents | None = None,
         video: NDArray[np.uint8] | None = None,
-        image: Any = None,
+        image: NDArray[np.uint8] | None = None,
+        prefix_latents: Latents | None = None,
         policy: Policy | DecisionTrace | str = "none",
         decode: bool = True,
         callback: Callable[[Progress], None] = lambda _: None,
@@ -240,7 +237,8 @@ class VideoPipeline:
             negative_prompt_embeds: Instead of `negative_prompt`, the same shape but for T.
             latents: Initial noise, shape (16, frames, h, w), float32; drawn from `seed` if None.
             video: Frames (n, height, width, 3), uint8; the last `overlap_history` are continued.
-            image: Refused: one frame does not fill a chunk.
+            image: A frame (height, width, 3), uint8, to begin with; SkyReels-V2 refuses it.
+            prefix_latents: Latents (16, n, h, w) of MAGI-1 to begin with, instead of `video`.
             policy: What `find_policy` takes: NAME, NAME:PRESET, a policy, or a trace to replay.
             decode: Decode the latents to frames.
             callback: Called after every row of the schedule; an exception it raises ends the run.
@@ -256,10 +254,10 @@ class VideoPipeline:
             TypeError: An unknown setting.
             BundleError: The bundle lacks what the inputs need, such as a text encoder.
         """
-        if image is not None:
-            raise ValueError(IMAGE_REFUSED)
         chosen = replace(options or self.default_options, **settings)
-        plan = self.plan(chosen, self._count_prefix(video, chosen))
+        at = chosen, self.family, self.grid, self._latent_shape
+        prefix = choose_prefix(video, image, prefix_latents, *at)
+        plan = self.plan(chosen, prefix.count(self.grid))
         chosen_policy = self.find_policy(policy)
         check_policy(chosen_policy, plan.shape, note)
         decoder = self.decoder if decode else None
@@ -267,7 +265,7 @@ class VideoPipeline:
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         embeddings = [self.embed_text(*pair, note) for pair in self.family.prompts(*texts, plan)]
         embeddings += [self._read_table(name, note) for name in self.family.tables]
-        first = self._encode_prefix(video, chosen)
+        first = self._encode_prefix(prefix, chosen)
         model = self.bundle.manifest.config, self.bundle.model_hash
         inputs = Inputs(tuple(embeddings), noise, first, chosen, *model)
         run = inputs, plan, self.passes, decoder, chosen_policy, callback
@@ -322,25 +320,14 @@ class VideoPipeline:
             )
         return replay(policy)
 
-    def _count_prefix(self, video: NDArray[np.uint8] | None, options: Any) -> int:
-        """Latent frames that the frames to continue will be, once they are encoded."""
-        if video is None:
-            return 0
-        expected = (options.height, options.width, 3)
-        if not len(video) or video.shape[1:] != expected or video.dtype != np.uint8:
-            raise ValueError(
-                f"video: expected uint8 (n, {', '.join(map(str, expected))}), "
-                f"got {video.dtype} {video.shape}. Resize the frames."
-            )
-        return self.grid.latent_frames(self.family.continued(len(video), options))
+    def _encode_prefix(self, prefix: Prefix, options: Any) -> Latents:
+        """Latents to begin with; of no frames where nothing is given."""
+        if prefix.frames is not None:
+            return self.encoder.encode(prefix.frames)
+        none = np.zeros(self._latent_shape(0, options), np.float32)
+        return none if prefix.latents is None else prefix.latents
 
-    def _encode_prefix(self, video: NDArray[np.uint8] | None, options: Any) -> Latents:
-        """Latents of the frames to continue; of none without a video."""
-        if video is None:
-            return np.zeros(self._latent_shape(0, options), np.float32)
-        return self.encoder.encode(video[-self.family.continued(len(video), options) :])
-
-    def _latent_shape(self, frames: int, options: Any) -> tuple[int, ...]:
+    def _latent_shape(self, frames: Any, options: Any) -> tuple[Any, ...]:
         channels = self.bundle.manifest.config["transformer"]["in_channels"]
         factor = self.grid.spatial_factor
         return channels, frames, options.height // factor, options.width // factor

@@ -21,7 +21,6 @@ from mc_runtime.overlay import Layout, Pixels, free_steps
 from mc_runtime.video import read_frames
 from motioncache import DecisionTrace, Mode
 
-_BRANCHES = "cond", "uncond"
 _MOMENTS = 8  # rows of the run that are drawn token by token
 _THUMBNAIL = 240  # pixels across, at most
 _DPI = 110
@@ -94,8 +93,7 @@ def _summarise_chunk(trace: DecisionTrace, window: int, chunk: int) -> dict[str,
         "window": window,
         "chunk": chunk,
         "recomputed": {
-            name: _share(masks[:, branch])
-            for branch, name in enumerate(_BRANCHES[: trace.mode.shape[1]])
+            name: _share(masks[:, branch]) for branch, name in enumerate(trace.branch_names)
         },
         "engine_ms": float(trace.engine_ms[rows, :, chunk].sum(dtype=float)),
     }
@@ -224,7 +222,7 @@ def list_chunks(summary: Mapping[str, Any]) -> list[list[str]]:
     Returns:
         The heads of the columns, then a line per chunk of every window.
     """
-    names = _BRANCHES[: summary["branches"]]
+    names = list(summary["chunks"][0]["recomputed"])
     lines = [["window", "chunk", *(f"recomputed, {name}" for name in names), "seconds in engines"]]
     for chunk in summary["chunks"]:
         shares = [_format_share(chunk["recomputed"][name]) for name in names]
@@ -299,7 +297,7 @@ def _draw_schedule(trace: DecisionTrace) -> Any:
     figure = _figure(11, branches * (0.9 + 0.28 * chunks) + 0.9)
     panels = figure.subplots(branches, 1, sharex=True, squeeze=False)[:, 0]
     shares = trace.shares()
-    for branch, panel in enumerate(panels):
+    for branch, (panel, name) in enumerate(zip(panels, trace.branch_names, strict=True)):
         drawn = panel.imshow(
             shares[:, branch].T,
             cmap=_color_map(_SHARE_MAP),
@@ -312,7 +310,7 @@ def _draw_schedule(trace: DecisionTrace) -> Any:
         panel.scatter(clean[:, 0], clean[:, 1], marker="D", s=14, color="black")
         for start in trace.window_start[1:]:
             panel.axvline(start - 0.5, color="black", linewidth=1)
-        panel.set(title=_BRANCHES[branch], ylabel="chunk of the window", yticks=range(chunks))
+        panel.set(title=name, ylabel="chunk of the window", yticks=range(chunks))
     panels[-1].set_xlabel("row of the run")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(drawn, ax=panels, label="share recomputed", aspect=12, pad=0.01)

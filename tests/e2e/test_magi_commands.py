@@ -57,6 +57,25 @@ def test_a_run_its_replay_and_its_repetition_are_the_same(bundle, embeds, tmp_pa
     assert {Mode.REUSE, Mode.PARTIAL, Mode.FULL, Mode.CLEAN} <= set(mode.ravel().tolist())
 
 
+def test_latents_of_a_run_are_continued(bundle, embeds, tmp_path):
+    """8 latent frames: a chunk, and the beginning of the next."""
+    first, start, second, third = (tmp_path / f"{name}.npz" for name in "abcd")
+    generate(bundle, *embeds, "--num-frames", 48, "--save-latents", first)
+    given = np.load(first)["latents"][:, :8]
+    np.savez(start, latents=given)
+    generate(
+        bundle, *embeds, "--prefix-latents", start, "--num-frames", 72, "--save-latents", second
+    )
+    generate(bundle, "--repeat", second.with_suffix(".json"), "--save-latents", third)
+    latents = np.load(second)["latents"]
+    assert latents.shape == (8, 18, 8, 12)
+    np.testing.assert_array_equal(latents[:, :8], given)
+    np.testing.assert_array_equal(np.load(third)["latents"], latents)
+    arguments = "--prefix-latents", start, "--num-frames", 24, "--save-latents", tmp_path / "x.npz"
+    result = generate(bundle, *embeds, *arguments, code=2)
+    assert "video to continue: expected fewer frames than num_frames (24)" in result.stderr
+
+
 def test_nearly_clean_guidance_can_be_switched_off(bundle, embeds, tmp_path):
     kept, dropped = tmp_path / "kept.npz", tmp_path / "dropped.npz"
     generate(bundle, *embeds, "--save-latents", kept)
@@ -114,8 +133,7 @@ def test_without_a_policy_everything_is_known(bundle):
     ("command", "arguments", "name"),
     [
         (calibrate, [], "mc-calibrate"),
-        (bench_cli.main, ["run", "--engines"], "mc-bench"),
-        (bench_cli.main, ["run", "--policies", "none"], "mc-bench"),
+        (bench_cli.main, ["run", "--engines"], "mc-bench run --engines"),
     ],
 )
 def test_commands_that_are_not_there_yet_say_so(bundle, command, arguments, name):

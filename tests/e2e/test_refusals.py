@@ -56,8 +56,22 @@ SIZES_FOLLOW = "Its sizes follow from the model, num_frames, height and width."
         ),
         (
             {"prompt": "a cat", "image": VIDEO[0]},
-            "image: expected none, got one. One frame is one latent frame and does not fill a "
-            "chunk: pass a clip of at least 17 frames as video.",
+            "video to continue: expected at least 17 frames, a chunk of 5 latent frames, got 1 "
+            "latent frames. Pass a longer video.",
+        ),
+        (
+            {"prompt": "a cat", "image": VIDEO[0, :16]},
+            "image: expected uint8 (32, 32, 3), got uint8 (16, 32, 3). Resize the frames.",
+        ),
+        (
+            {"prompt": "a cat", "image": VIDEO[0], "video": VIDEO},
+            "video to continue: expected one of video, image, prefix_latents, got video and "
+            "image. Pass one of them.",
+        ),
+        (
+            {"prompt": "a cat", "prefix_latents": LATENTS[:, :5]},
+            "prefix_latents: expected none, as of this model a first latent frame stands for 1 "
+            "frame and any other for 4, got some. Pass the frames as video.",
         ),
         (
             {"prompt": "a cat", "video": VIDEO[:, :16]},

@@ -252,11 +252,34 @@ def test_outputs_must_differ(fake, folder):
     refused(f"n.npz: {own}", *PROMPT, *arguments)
 
 
-def test_image_is_refused(fake, folder):
-    refused(generate_cli.IMAGE_REFUSED, "--image", "x.png", "-o", "out.mp4")
+def test_an_image_is_read_at_the_size_of_the_video(fake, folder):
+    with av.open("x.png", "w", format="image2") as file:
+        stream = file.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "rgb24"
+        picture = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 200, np.uint8), "rgb24")
+        file.mux(stream.encode(picture))
+        file.mux(stream.encode())
+    generate(*PROMPT, *SIZES, "--image", "x.png", "-o", "out.mp4")
+    image = fake.calls[0]["image"]
+    assert image.shape == (32, 48, 3) and (image == 200).all()
 
 
-@pytest.mark.parametrize("flag", ["--video", "--prompt-embeds", "--latents", "--repeat"])
+def test_latents_to_begin_with_give_height_and_width(fake, folder):
+    latents = np.zeros((16, 7, 4, 6), np.float32)
+    np.savez("start.npz", latents=latents)
+    problem = "height: expected 32, which the latents have, got 64. Leave it out."
+    start = "--prefix-latents", "start.npz"
+    refused(problem, *PROMPT, *start, "--height", "64", "-o", "out.mp4")
+    generate(*PROMPT, *start, "-o", "out.mp4")
+    call = fake.calls[0]
+    assert (call["options"].height, call["options"].width) == (32, 48)
+    assert call["options"].num_frames == GenerationOptions().num_frames
+    np.testing.assert_array_equal(call["prefix_latents"], latents)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--video", "--image", "--prefix-latents", "--prompt-embeds", "--latents", "--repeat"]
+)
 def test_a_missing_input_is_wrong_usage(fake, folder, flag):
     text = generate(*PROMPT, "-o", "out.mp4", flag, "none", code=2).stderr
     assert f"Error: Invalid value for '{flag}': File 'none' does not exist." in text

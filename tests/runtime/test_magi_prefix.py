@@ -10,6 +10,7 @@ forward_dispatcher, run on a CPU), in all cases within 6e-7.
 
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,7 +25,9 @@ from mc_runtime.generation import generate_chunks
 from mc_runtime.inputs import Inputs
 from mc_runtime.passes import WINDOW
 from mc_runtime.patches import patchify
+from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.run_plan import RunPlan
+from mc_runtime.trace_report import list_chunks, report_page, summarise
 from motioncache import DecisionTrace, Mode, make_policy, none
 
 CHUNKS, SIZE, STEPS, TOLERANCE = 6, 6, 8, 2e-5
@@ -292,6 +295,86 @@ def test_thresholds_of_zero_reuse_nothing():
         policy = make_policy("motioncache", settings, "magi")
         cached, uncached = (generate(model, draw(8, 1), each).latents for each in (policy, none()))
         np.testing.assert_array_equal(cached, uncached)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [("base", ["text", "history", "uncond"]), ("distilled", ["main", "nearly clean"])],
+)
+def test_the_record_of_a_run_calls_its_branches_by_their_names(model, names):
+    trace = generate(MODELS[model], draw(8, 1)).trace
+    assert list(dict.fromkeys(line["branch"] for line in trace.lines())) == names
+    heads, *_ = list_chunks(summarise(trace))
+    assert heads[2:-1] == [f"recomputed, {name}" for name in names]
+    assert "data:image/png" in report_page(trace, None)
+
+
+class ToyPipeline(VideoPipeline):
+    """The toy behind the interface that users see, with an encoder that averages pixels."""
+
+    passes = Toy()
+
+    def __init__(self):
+        sizes = {"in_channels": 1, "text_dim": 1, "distilled": True}
+        config = {
+            "transformer": CONFIG["transformer"] | sizes,
+            "schedule": asdict(MODELS["distilled"]) | {"temporal_factor": 4, "fps": 24},
+            "video": {},
+        }
+        files = ("weights/null_text.safetensors",)
+        manifest = SimpleNamespace(
+            family="magi", config=config, files=files, model=None, presets={}
+        )
+        bundle = {"manifest": manifest, "model_hash": "toy", "path": "toy"}
+        super().__init__(SimpleNamespace(map_tensors=lambda _: {"embedding": NULL[0]}, **bundle))
+        self.encoded = []
+
+    @property
+    def encoder(self):
+        return SimpleNamespace(encode=self.encode)
+
+    def encode(self, frames):
+        self.encoded.append(frames)
+        cells = frames.mean(axis=3).reshape(len(frames) // 4, 4, 4, 8, 8, 8)
+        return cells.mean(axis=(1, 3, 5))[None].astype(np.float32) / 255
+
+
+SETTINGS = {"num_frames": 48, "height": 32, "width": 64, "num_inference_steps": STEPS}
+
+
+def test_latents_of_a_run_are_continued():
+    pipeline = ToyPipeline()
+    run = partial(pipeline.run, prompt_embeds=TEXT, decode=False, note=[].append, **SETTINGS)
+    first = run().latents
+    second = run(prefix_latents=first[:, :8]).latents
+    assert second.shape == first.shape == (1, 12, 4, 8)
+    np.testing.assert_array_equal(second[:, :8], first[:, :8])
+    assert np.abs(second[:, 8:] - first[:, 8:]).max() > 0.1
+    message = "prefix_latents: expected float32 (1, n, 4, 8), got float32 (1, 12, 4, 7)."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(prefix_latents=first[..., :7])
+
+
+def test_an_image_is_a_latent_frame_and_of_a_video_the_last_whole_ones_are_taken():
+    pipeline = ToyPipeline()
+    run = partial(pipeline.run, prompt_embeds=TEXT, decode=False, note=[].append, **SETTINGS)
+    video = np.random.default_rng(2).integers(0, 256, (45, 32, 64, 3), np.uint8)
+    found = run(image=video[0]).latents
+    (shown,) = pipeline.encoded
+    np.testing.assert_array_equal(shown, np.stack([video[0]] * 4))
+    np.testing.assert_array_equal(found[:, :1], pipeline.encode(shown))
+    for given, taken in ((video, video[-32:]), (video[:15], video[3:15]), (video[:4], video[:4])):
+        found = run(video=given).latents
+        np.testing.assert_array_equal(pipeline.encoded[-1], taken)
+        np.testing.assert_array_equal(found[:, : len(taken) // 4], pipeline.encode(taken))
+    run(video=video, overlap_history=8)
+    np.testing.assert_array_equal(pipeline.encoded[-1], video[-8:])
+    for wrong, message in (
+        ({"video": video[:3]}, "video: expected at least 4 frames, which make a latent frame, got"),
+        ({"overlap_history": 6}, "overlap_history: expected a multiple of 4, got 6. Use 4 or 8."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(**wrong)
 
 
 def test_a_prefix_leaves_something_to_generate():

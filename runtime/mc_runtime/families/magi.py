@@ -54,14 +54,8 @@ def read_grid(config: Mapping[str, Any]) -> LatentGrid:
 
 
 def count_continued(frames: int, options: MagiOptions) -> int:
-    """Count the frames of a given video that are continued: none as long as there is no VAE.
-
-    Raises:
-        ValueError: Always.
-    """
-    raise ValueError(
-        "video: expected none, as bundles of MAGI-1 have no VAE yet, got one. Leave it out."
-    )
+    """Count the frames of a given video that are continued; see `Family.continued`."""
+    return min(frames, options.overlap_history)
 
 
 def list_timesteps(options: MagiOptions, config: Mapping[str, Any]) -> NDArray[np.float32]:
@@ -111,6 +105,7 @@ def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[st
     check_multiple("num_inference_steps", options.num_inference_steps, stages, reason)
     chunk = grid.pixel_frames(schedule.chunk_frames)
     check_multiple("num_frames", options.num_frames, chunk)
+    check_multiple("overlap_history", options.overlap_history, grid.temporal_factor)
     for side in ("height", "width"):
         unit = grid.spatial_factor * grid.patch_size[1 if side == "height" else 2]
         check_multiple(side, getattr(options, side), unit)

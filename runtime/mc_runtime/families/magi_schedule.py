@@ -37,6 +37,7 @@ class MagiOptions:
         num_inference_steps: Denoising steps N of every chunk.
         fps: Frames per second of the file.
         seed: Of the initial noise.
+        overlap_history: Pixel frames of a given video, its last, that are continued.
         nearly_clean: Whether a distilled model is guided by what the oldest active chunk makes of
             itself alone, once it is nearly clean.
     """
@@ -47,6 +48,7 @@ class MagiOptions:
     num_inference_steps: int = 64
     fps: int = 24
     seed: int = 0
+    overlap_history: int = 32
     nearly_clean: bool = True
 
 

@@ -38,6 +38,7 @@ def describe_work(
     for row, clean, given in _clean_passes(plan):
         visible[row, :, clean] = len(schedule.visible_clean(clean, given))
     return {
+        "branches": [branch.name for branch in schedule.branches],
         "text_tokens": [captions[0] if branch.prompted else null for branch in schedule.branches],
         "clean_text_tokens": null,
         "encoded_tokens": [*captions, null],
