@@ -255,8 +255,7 @@ class VideoPipeline:
             BundleError: The bundle lacks what the inputs need, such as a text encoder.
         """
         chosen = replace(options or self.default_options, **settings)
-        at = chosen, self.family, self.grid, self._latent_shape
-        prefix = choose_prefix(video, image, prefix_latents, *at)
+        prefix = self._choose_prefix(chosen, video, image, prefix_latents)
         plan = self.plan(chosen, prefix.count(self.grid))
         chosen_policy = self.find_policy(policy)
         check_policy(chosen_policy, plan.shape, note)
@@ -265,9 +264,8 @@ class VideoPipeline:
         texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         embeddings = [self.embed_text(*pair, note) for pair in self.family.prompts(*texts, plan)]
         embeddings += [self._read_table(name, note) for name in self.family.tables]
-        first = self._encode_prefix(prefix, chosen)
-        model = self.bundle.manifest.config, self.bundle.model_hash
-        inputs = Inputs(tuple(embeddings), noise, first, chosen, *model)
+        rest = chosen, self.bundle.manifest.config, self.bundle.model_hash
+        inputs = Inputs(tuple(embeddings), noise, self._encode_prefix(prefix, chosen), *rest)
         run = inputs, plan, self.passes, decoder, chosen_policy, callback
         return generate_chunks(self.family, *run)
 
@@ -319,6 +317,10 @@ class VideoPipeline:
                 f"{recorded[:12]}. Replay it on the bundle it was recorded with."
             )
         return replay(policy)
+
+    def _choose_prefix(self, options: Any, *sources: Any) -> Prefix:
+        """What the video begins with: of a video, an image and latents the one that is given."""
+        return choose_prefix(*sources, options, self.family, self.grid, self._latent_shape)
 
     def _encode_prefix(self, prefix: Prefix, options: Any) -> Latents:
         """Latents to begin with; of no frames where nothing is given."""
