@@ -98,8 +98,12 @@ class VaeDecoder:
             ValueError: The latents have another shape or dtype, or do not fit the state.
             EngineError: A graph failed.
         """
-        steps = list(self.decode_steps(latents, state))
-        return np.concatenate([frames for frames, _ in steps]), steps[-1][1]
+        frames = []
+        for pixels, after in self.decode_steps(latents, state):
+            frames.append(pixels)
+            state = after  # alone: those between would take as much again for every latent frame
+        assert state is not None
+        return np.concatenate(frames), state
 
     def decode_steps(
         self, latents: NDArray[np.float32], state: VaeState | None = None

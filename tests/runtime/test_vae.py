@@ -1,6 +1,8 @@
 """Driving the autoencoder's steps: counts, sizes, states, normalisation and rounding."""
 
 import itertools
+import weakref
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mc_engines.function_runner import FunctionRunner
+from mc_engines.runner import Array
 from mc_engines.specs import GraphSpec, TensorSpec
 from mc_export.random_source import RandomSource
 from mc_export.wan_vae_components import describe_vae, vae_components, vae_tensors
@@ -221,3 +224,22 @@ def test_a_state_of_another_size_is_refused(vae):
     _, state = vae[1].decode(LATENTS[:, :1])
     with pytest.raises(ValueError, match=r"input 'state_00': expected float32"):
         vae[1].decode(LATENTS[:, 1:2, :, :2], state)
+
+
+def test_a_chunk_is_decoded_with_one_state_in_hand(vae):
+    _, decoder = vae
+    states: list[weakref.ref[Array]] = []
+
+    class Watched:
+        graph = decoder.later.graph
+
+        def run(self, inputs: Mapping[str, Array], weights=None) -> dict[str, Array]:
+            assert sum(state() is not None for state in states) <= 1
+            outputs = decoder.later.run(inputs, weights)
+            outputs["next_state_00"] = outputs["next_state_00"].copy()
+            states.append(weakref.ref(outputs["next_state_00"]))
+            return outputs
+
+    frames, _ = VaeDecoder(decoder.first, Watched(), decoder.config).decode(LATENTS)
+    assert len(states) == LATENTS.shape[1] - 1
+    assert (frames == decoder.decode(LATENTS)[0]).all()
