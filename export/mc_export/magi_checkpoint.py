@@ -10,6 +10,8 @@ __all__ = [
     "ACCEPTED_LAYOUT",
     "SPECIAL_TOKENS_FILE",
     "TEXT_ENCODER_FOLDER",
+    "TILES_PER_SECOND",
+    "VAE_FOLDER",
     "load_magi_checkpoint",
     "load_special_tokens",
 ]
@@ -34,19 +36,22 @@ ACCEPTED_LAYOUT = (
     "inference_weight/, or inference_weight.distill/ for a distilled model, with *.safetensors "
     "(from the folder of the same model in sand-ai/MAGI-1 on the Hugging Face hub); for prompts "
     "t5/t5-v1_1-xxl/ (of its ckpt folder) and, for the special tokens that stand before them, "
-    "special_tokens.npz (of the example folder's assets)"
+    "special_tokens.npz (of the example folder's assets); for frames vae/ (of the ckpt folder)"
 )
 SPECIAL_TOKENS_FILE = "special_tokens.npz"
 TEXT_ENCODER_FOLDER = "t5/t5-v1_1-xxl"
+VAE_FOLDER = "vae"
 
 CHUNK_FRAMES = 6
+SPATIAL_FACTOR = 8
+TILES_PER_SECOND = 2  # of video, that the original codes one after the other
 SPECIAL_TOKENS = 20
 _MODEL_KEYS = next(iter(MAGI.values())).transformer.keys() - {"distill"}
 _RUNTIME_KEYS = (
     *("cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales"),
     *("noise2clean_kvrange", "clean_chunk_kvrange", "clean_t", "num_steps", "window_size"),
     *("num_frames", "video_size_h", "video_size_w", "fps", "chunk_width"),
-    "temporal_downsample_factor",
+    *("temporal_downsample_factor", "scale_factor"),
 )
 _ENGINE_KEYS = "fp8_quant", "distill", "distill_nearly_clean_chunk_threshold", "shortcut_mode"
 _SECTIONS = {
@@ -87,7 +92,7 @@ def load_magi_checkpoint(path: Path) -> Checkpoint:
             SafetensorsSource(_find_weights(path, engine["distill"])),
         ),
         text_encoder=_open_text_encoder(path / TEXT_ENCODER_FOLDER, model["caption_channels"]),
-        vae=None,
+        vae=_open_vae(path / VAE_FOLDER, model, runtime),
         tokenizer=_find_tokenizer(path / TEXT_ENCODER_FOLDER),
         scheduler=runtime | engine,
         family="magi",
@@ -135,6 +140,34 @@ def _open_text_encoder(folder: Path, text_dim: int) -> Part | None:
                 f"{file}: expected {key} {expected}, for which the transformer was trained, got "
                 f"{config.get(key)}. Take the folder from where the transformer comes from."
             )
+    return Part(config, open_weights(folder))
+
+
+def _open_vae(folder: Path, model: Mapping[str, Any], runtime: Mapping[str, Any]) -> Part | None:
+    """The autoencoder, as diffusers stores models."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    sizes = config.get("ddconfig", {})
+    length = runtime["temporal_downsample_factor"]
+    expected = {
+        "z_chans": model["in_channels"] // (2 if model["half_channel_vae"] else 1),
+        "patch_length": length,
+        "patch_size": SPATIAL_FACTOR,
+    }
+    for key, value in expected.items():
+        if sizes.get(key) != value:
+            raise CheckpointError(
+                f"{file}: expected {key} {value}, for which the transformer was trained, got "
+                f"{sizes.get(key)}. Take the folder from where the transformer comes from."
+            )
+    tile = runtime["fps"] // TILES_PER_SECOND // length
+    if tile < 1 or CHUNK_FRAMES % tile:
+        raise CheckpointError(
+            f"{file}: expected fps whose half second is a whole part of {CHUNK_FRAMES * length} "
+            f"frames, got {runtime['fps']}. {_FROM_EXAMPLE}"
+        )
     return Part(config, open_weights(folder))
 
 

@@ -1,7 +1,7 @@
-"""The adapter of MAGI-1: its transformer, its special tokens and T5.
+"""The adapter of MAGI-1: its transformer, its special tokens, T5 and its autoencoder.
 
-The autoencoder is not exported yet. Neighbours: `magi_checkpoint` opens a checkpoint,
-`magi_components` and `t5` make the graphs; `families` lists this adapter.
+Neighbours: `magi_checkpoint` opens a checkpoint, `magi_components`, `t5` and `magi_vae_components`
+make the graphs; `families` lists this adapter.
 """
 
 __all__ = ["MAGI_FAMILY"]
@@ -19,11 +19,19 @@ from mc_export.magi_checkpoint import (
     ACCEPTED_LAYOUT,
     SPECIAL_TOKENS_FILE,
     TEXT_ENCODER_FOLDER,
+    TILES_PER_SECOND,
+    VAE_FOLDER,
     load_magi_checkpoint,
     load_special_tokens,
 )
 from mc_export.magi_components import null_caption, transformer_components
 from mc_export.magi_config import describe_transformer, transformer_tensors
+from mc_export.magi_vae_components import (
+    describe_vae,
+    vae_components,
+    vae_positions,
+    vae_tensors,
+)
 from mc_export.size_plan import plan_components, render_components
 from mc_export.t5 import (
     describe_text_encoder,
@@ -37,10 +45,11 @@ from mc_export.tensor_source import Shape
 NULL_TEXT = "weights/null_text.safetensors"
 SPECIAL_TOKENS = "weights/special_tokens.safetensors"
 TOKEN_TABLE = "weights/text_embed.safetensors"
+POSITIONS = "weights/vae_positions.safetensors"
 _CONSEQUENCES = {
     "text_encoder": f"no {TEXT_ENCODER_FOLDER}/config.json; generate from --prompt-embeds",
     "tokenizer": f"{TEXT_ENCODER_FOLDER} has none; generate from --prompt-embeds",
-    "vae": "the autoencoder of this family is not exported yet; generate with --save-latents",
+    "vae": f"no {VAE_FOLDER}/config.json; generate with --save-latents",
     SPECIAL_TOKENS_FILE: "prompts go without what asks for quality and says how much video is left",
 }
 _PARTS = "text_encoder", "tokenizer", "vae"
@@ -66,6 +75,8 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Shape]]:
     expected = {"transformer": transformer_tensors(checkpoint.transformer.config)}
     if (text := checkpoint.text_encoder) is not None:
         expected["text_encoder"] = text_encoder_tensors(text.config, text.tensors.names())
+    if checkpoint.vae is not None:
+        expected["vae"] = vae_tensors(checkpoint.vae.config)
     return expected
 
 
@@ -73,6 +84,7 @@ def _components(checkpoint: Checkpoint) -> Iterator[tuple[Part, ComponentSource]
     makers = (
         (checkpoint.transformer, transformer_components),
         (checkpoint.text_encoder, text_encoder_components),
+        (checkpoint.vae, vae_components),
     )
     for part, make in makers:
         if part is not None:
@@ -89,6 +101,8 @@ def _tables(checkpoint: Checkpoint) -> list[Table]:
         tables.append(Table("special_tokens", SPECIAL_TOKENS, load))
     if (text := checkpoint.text_encoder) is not None:
         tables.append(Table("text_embed", TOKEN_TABLE, text_embedding_table(text.tensors)))
+    if (vae := checkpoint.vae) is not None:
+        tables.append(Table("vae_positions", POSITIONS, partial(vae_positions, vae.tensors)))
     return tables
 
 
@@ -97,6 +111,9 @@ def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
     if checkpoint.text_encoder is not None:
         layers += int(checkpoint.text_encoder.config["num_layers"]) + 1  # the norm
         components += 2
+    if checkpoint.vae is not None:
+        layers += 2 * describe_vae(checkpoint.vae.config, 1.0, 0)["layers"]
+        components += 6
     return layers, components
 
 
@@ -114,6 +131,9 @@ def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
     if (text := checkpoint.text_encoder) is not None:
         limit = {"max_tokens": part.config["caption_max_length"]}
         config["text_encoder"] = describe_text_encoder(text.config) | limit
+    if (vae := checkpoint.vae) is not None:
+        frames = settings["fps"] // TILES_PER_SECOND
+        config["vae"] = describe_vae(vae.config, settings["scale_factor"], frames)
     return config
 
 

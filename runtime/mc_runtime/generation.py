@@ -1,7 +1,7 @@
 """One generation: windows one after the other, chunks decoded as they are finished.
 
 Neighbours: `VideoPipeline.generate` checks the inputs and calls `generate_chunks`; the family's
-plan cuts the video, `denoise_window` denoises a window, `VaeDecoder` decodes. Windows hand over
+plan cuts the video, `denoise_window` denoises a window, a `Decoder` decodes. Windows hand over
 latents, never pixels.
 """
 
@@ -23,7 +23,7 @@ from mc_runtime.options import Chunk
 from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import Window as WindowPlan
-from mc_runtime.vae import VaeDecoder, VaeState, to_uint8
+from mc_runtime.vae import Decoder, VaeState, to_uint8
 from motioncache import DecisionTrace, Policy
 
 Latents = NDArray[np.float32]
@@ -51,7 +51,7 @@ class Progress:
 class _Output:
     """Makes `Chunk`s of latents: numbers, times and decodes them in the order of the video."""
 
-    def __init__(self, count: int, decoder: VaeDecoder | None) -> None:
+    def __init__(self, count: int, decoder: Decoder | None) -> None:
         self.count = count
         self.done = 0
         self.start = time.perf_counter()
@@ -98,7 +98,7 @@ def generate_chunks(
     inputs: Inputs,
     plan: RunPlan,
     passes: Passes,
-    decoder: VaeDecoder | None,
+    decoder: Decoder | None,
     policy: Policy,
     callback: Callable[[Progress], None],
 ) -> Generation:
@@ -146,7 +146,7 @@ def _generate(
     inputs: Inputs,
     plan: RunPlan,
     passes: Passes,
-    decoder: VaeDecoder | None,
+    decoder: Decoder | None,
     policy: Policy,
     callback: Callable[[Progress], None],
     trace: DecisionTrace,

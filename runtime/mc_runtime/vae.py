@@ -3,23 +3,36 @@
 The first step is one pixel frame for one latent frame; every later step is `temporal_factor` pixel
 frames for one latent frame. What is kept between two steps does not grow with the video.
 `mc_export.wan_vae` says what the graphs compute. Neighbours: the pipeline decodes each chunk when
-it is clean; `to_uint8` makes what a video file takes.
+it is clean; `to_uint8` makes what a video file takes; `mc_runtime.tiled_vae` is the other kind.
 
 Source: the autoencoder's use in diffusers 0.42.1's SkyReels-V2 pipelines and VideoProcessor, from
 which the normalisation and the rounding are taken.
 """
 
-__all__ = ["VaeConfig", "VaeDecoder", "VaeEncoder", "VaeState", "to_uint8"]
+__all__ = [
+    "Decoder",
+    "Encoder",
+    "VaeConfig",
+    "VaeDecoder",
+    "VaeEncoder",
+    "VaeParts",
+    "VaeState",
+    "check_latents",
+    "open_decoder",
+    "open_encoder",
+    "to_pixels",
+    "to_uint8",
+]
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_engines.runner import Array, Runner
+from mc_engines.runner import Array, Arrays, Runner
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,41 @@ class VaeState:
     """
 
     tensors: Mapping[str, Array]
+
+
+class Decoder(Protocol):
+    """What turns the latents of a chunk into frames."""
+
+    def decode(
+        self, latents: NDArray[np.float32], state: VaeState | None = None
+    ) -> tuple[NDArray[np.float32], VaeState]:
+        """Give frames in [-1, 1], shape (frames, H, W, 3), and the state for what follows."""
+        ...
+
+
+class Encoder(Protocol):
+    """What turns frames into latents."""
+
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Give the latents of a video, shape (z, F, h, w), as the transformer knows them."""
+        ...
+
+
+@dataclass(frozen=True)
+class VaeParts:
+    """Where an autoencoder is opened from.
+
+    Attributes:
+        config: `config.vae` of the manifest.
+        open: From a component and a form of it to what runs it.
+        layer_weights: From a component and a layer to its weights.
+        tensors: From a file of weights to its tensors.
+    """
+
+    config: Mapping[str, Any]
+    open: Callable[[str, str], Runner]
+    layer_weights: Callable[[str, int], Arrays]
+    tensors: Callable[[str], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -121,21 +169,12 @@ class VaeDecoder:
             ValueError: The latents have another shape or dtype, or do not fit the state.
             EngineError: A graph failed.
         """
-        self._check(latents)
+        check_latents(latents, self.config.z_dim)
         latents = self.config.denormalise(latents)
         for index in range(latents.shape[1]):
             runner = self.later if state else self.first
             frames, state = _run_step(runner, latents[:, index : index + 1], state)
             yield np.ascontiguousarray(frames.transpose(1, 2, 3, 0)), state
-
-    def _check(self, latents: NDArray[np.float32]) -> None:
-        z_dim = self.config.z_dim
-        shaped = latents.ndim == 4 and len(latents) == z_dim and latents.size > 0
-        if not shaped or latents.dtype != np.float32:
-            raise ValueError(
-                f"latents: expected float32 ({z_dim}, F, h, w), got {latents.dtype} "
-                f"{latents.shape}. Give latents as the transformer knows them."
-            )
 
 
 @dataclass(frozen=True)
@@ -191,9 +230,7 @@ class VaeEncoder:
                 break
             for frame in step:
                 self._check_frame(frame)
-            pixels = (
-                np.stack(step).transpose(3, 0, 1, 2).astype(np.float32, order="C") / 255 * 2 - 1
-            )
+            pixels = to_pixels(np.stack(step).transpose(3, 0, 1, 2))
             latents, state = _run_step(self.later if state else self.first, pixels, state)
             yield self.config.normalise(latents)
             size = self.config.temporal_factor
@@ -216,6 +253,52 @@ class VaeEncoder:
                 f"video: expected frames of uint8 (H, W, 3) with H and W multiples of {factor}, "
                 f"got {frame.dtype} {frame.shape}. Crop or resize the video."
             )
+
+
+def open_decoder(parts: VaeParts) -> VaeDecoder:
+    """Open the decoder of a bundle; see `Family.open_decoder`."""
+    return VaeDecoder(*_open("decoder", parts))
+
+
+def open_encoder(parts: VaeParts) -> VaeEncoder:
+    """Open the encoder of a bundle; see `Family.open_encoder`."""
+    return VaeEncoder(*_open("encoder", parts))
+
+
+def _open(half: str, parts: VaeParts) -> tuple[Runner, Runner, VaeConfig]:
+    first, later = (parts.open(f"vae_{half}_{step}", "fp32") for step in ("first", "next"))
+    return first, later, VaeConfig(**parts.config)
+
+
+def check_latents(latents: NDArray[np.float32], z_dim: int) -> None:
+    """Refuse what a decoder does not take.
+
+    Args:
+        latents: To decode.
+        z_dim: Channels of its latents.
+
+    Raises:
+        ValueError: They have another shape or dtype.
+    """
+    shaped = latents.ndim == 4 and len(latents) == z_dim and latents.size > 0
+    if not shaped or latents.dtype != np.float32:
+        raise ValueError(
+            f"latents: expected float32 ({z_dim}, F, h, w), got {latents.dtype} "
+            f"{latents.shape}. Give latents as the transformer knows them."
+        )
+
+
+def to_pixels(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Scale bytes to [-1, 1], which an encoder takes.
+
+    Args:
+        frames: Of any shape.
+
+    Returns:
+        The same shape, laid out in order.
+    """
+    pixels: NDArray[Any] = frames.astype(np.float32, order="C") / 255 * 2 - 1
+    return pixels
 
 
 def to_uint8(frames: NDArray[np.float32]) -> NDArray[np.uint8]:

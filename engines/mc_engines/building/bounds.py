@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,8 @@ def bound_symbols(config: Mapping[str, Any], limits: VideoLimits) -> dict[str, B
 
     Returns:
         By symbol: K recomputed and L all tokens of a chunk, S and M keys of a window, F latent
-        frames of a chunk, P positions of a frame, T tokens of a prompt, h and w latents.
+        frames of a chunk, P positions of a frame, T tokens of a prompt, h and w latents; of an
+        autoencoder that works in tiles, f latent frames and N tokens of one.
 
     Raises:
         ValueError: A size is no whole number of tokens, or a window holds no chunk.
@@ -95,7 +96,7 @@ def bound_symbols(config: Mapping[str, Any], limits: VideoLimits) -> dict[str, B
     positions = math.prod(latents) // math.prod(patch)
     chunk, window = limits.chunk_frames * positions, frames * positions
     text = config.get("text_encoder", {}).get("max_tokens", _TEXT_TOKENS)
-    return {
+    return _bound_tiles(factors.get("tile", [])) | {
         "K": Bounds(1, chunk, chunk),
         "L": Bounds(1, chunk, chunk),
         "S": Bounds(1, window, window),
@@ -106,6 +107,14 @@ def bound_symbols(config: Mapping[str, Any], limits: VideoLimits) -> dict[str, B
         "h": Bounds(patch[0], latents[0], latents[0]),
         "w": Bounds(patch[1], latents[1], latents[1]),
     }
+
+
+def _bound_tiles(tile: Sequence[int]) -> dict[str, Bounds]:
+    """Bound latent frames and tokens of the tiles that an autoencoder works in, if it does."""
+    if not tile:
+        return {}
+    frames, tokens = tile[0], math.prod(tile) + 1  # the token before those of the tile
+    return {"f": Bounds(1, frames, frames), "N": Bounds(1, tokens, tokens)}
 
 
 def bucket_symbols(symbols: Mapping[str, Bounds], share: float) -> dict[str, Bounds]:

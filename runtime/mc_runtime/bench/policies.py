@@ -33,7 +33,7 @@ from mc_runtime.generation import Progress
 from mc_runtime.inputs import check_policy
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.vae import VaeDecoder, to_uint8
+from mc_runtime.vae import Decoder, to_uint8
 from motioncache import DecisionTrace, Policy
 
 REFERENCE = "none"
@@ -63,7 +63,7 @@ class Bench:
     rounds: int
 
     @property
-    def decoder(self) -> VaeDecoder | None:
+    def decoder(self) -> Decoder | None:
         """Makes frames; None where the bundle has no VAE."""
         return self.pipeline.decoder if "vae" in self.pipeline.bundle.manifest.config else None
 
@@ -302,7 +302,7 @@ def judge_frames(
         judgement.prompts.append(Scores(scores, to_theirs))
 
 
-def _decode(decoder: VaeDecoder, latents: Iterable[Latents]) -> tuple[Frames, list[slice]]:
+def _decode(decoder: Decoder, latents: Iterable[Latents]) -> tuple[Frames, list[slice]]:
     """Frames of a video, and which of them each chunk has."""
     state, parts = None, []
     for chunk in latents:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from mc_runtime import vae
 from mc_runtime.denoise import Steps, Window
 from mc_runtime.inputs import Inputs, NamedText, Prompt
 from mc_runtime.passes import Passes
@@ -18,6 +19,7 @@ from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid
 from mc_runtime.schedule import Window as WindowPlan
 from mc_runtime.text import clean_prompt
+from mc_runtime.vae import Decoder, Encoder, VaeParts
 from motioncache import Policy
 
 ENGINES = "engines on a GPU"
@@ -51,6 +53,9 @@ class Family:
         prompts: From prompt and negative prompt to the texts that are encoded, under their names.
         clean: Cleans a prompt.
         pads_text: See `TextEncoder.padded`.
+        open_decoder: From the parts of a bundle's autoencoder to its decoder; BundleError where the
+            bundle has none.
+        open_encoder: The same of its encoder.
         not_yet: Commands, and `engines on a GPU`, that do not take bundles of the family yet.
         tables: Of the bundle, that a run takes besides the texts.
         describe: What a trace has to say of a run, for those who count its work (`count_work`).
@@ -71,6 +76,8 @@ class Family:
     tables: tuple[str, ...] = ()
     clean: Callable[[str], str] = clean_prompt
     pads_text: bool = True
+    open_decoder: Callable[[VaeParts], Decoder] = vae.open_decoder
+    open_encoder: Callable[[VaeParts], Encoder] = vae.open_encoder
     not_yet: tuple[str, ...] = ()
 
     def require(self, what: str) -> None:

@@ -2,6 +2,7 @@
 
 __all__ = ["FAMILIES"]
 
+from mc_runtime import tiled_vae
 from mc_runtime.caption import clean_caption
 from mc_runtime.families import magi, skyreels
 from mc_runtime.families.family import ENGINES, Family
@@ -34,6 +35,8 @@ _MAGI = Family(
     tables=("null_text", "special_tokens"),
     clean=clean_caption,
     pads_text=False,
+    open_decoder=tiled_vae.open_decoder,
+    open_encoder=tiled_vae.open_encoder,
     not_yet=(ENGINES, "mc-calibrate", "mc-bench"),
 )
 FAMILIES = {family.name: family for family in (_SKYREELS, _MAGI)}
