@@ -46,6 +46,7 @@ ONNXRUNTIME_BACKENDS: dict[str, Provider] = {  # of ONNX Runtime, by backend
 Options = TypeVar("Options", GenerationOptions, MagiOptions)
 _MEGABYTE = 10**6
 _OF_THE_MODEL = "height", "width"  # a bundle may know better than the field's default
+_OF_MAGI = "num_frames", "num_inference_steps", "fps"  # its bundles always do
 _HELP = {
     "num_frames": "Frames of the video.",
     "height": "Pixels.",
@@ -88,19 +89,28 @@ def setting_options(
         for name, entry in reversed(_FIELDS.items()):
             if name in texts:
                 choices, flag = get_args(entry.type), name.replace("_", "-")
-                usual = f"the model's, else {entry.default}"
                 switch = f"--{flag}/--no-{flag}" if entry.type is bool else f"--{flag}"
                 function = click.option(
                     renamed.get(name, switch),
                     name,
                     type=click.Choice(choices) if choices else type(entry.default),
                     default=None,
-                    show_default=usual if name in _OF_THE_MODEL else str(entry.default),
+                    show_default=_describe_default(name),
                     help=texts[name],
                 )(function)
         return function
 
     return decorate
+
+
+def _describe_default(name: str) -> str:
+    """The default of a setting as the help shows it; that of MAGI-1 too where it is another."""
+    usual = _FIELDS[name].default
+    if name in _OF_THE_MODEL:
+        return f"the model's, else {usual}"
+    other = getattr(MagiOptions(), name, usual)
+    differs = other != usual and name not in _OF_MAGI
+    return f"{usual}; MAGI-1: {other}" if differs else str(usual)
 
 
 def choose_options(defaults: Options, settings: Mapping[str, Any]) -> Options:

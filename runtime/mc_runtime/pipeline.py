@@ -255,7 +255,7 @@ class VideoPipeline:
             BundleError: The bundle lacks what the inputs need, such as a text encoder.
         """
         chosen = replace(options or self.default_options, **settings)
-        prefix = self._choose_prefix(chosen, video, image, prefix_latents)
+        prefix = self._choose_prefix(chosen, (video, image, prefix_latents))
         plan = self.plan(chosen, prefix.count(self.grid))
         chosen_policy = self.find_policy(policy)
         check_policy(chosen_policy, plan.shape, note)
@@ -318,7 +318,7 @@ class VideoPipeline:
             )
         return replay(policy)
 
-    def _choose_prefix(self, options: Any, *sources: Any) -> Prefix:
+    def _choose_prefix(self, options: Any, sources: tuple[Any, Any, Any]) -> Prefix:
         """What the video begins with: of a video, an image and latents the one that is given."""
         return choose_prefix(*sources, options, self.family, self.grid, self._latent_shape)
 

@@ -21,30 +21,13 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_runtime.options import FirstSample, GenerationOptions, SigmaTable
-from mc_runtime.sampler import TRAIN_TIMESTEPS, sigma_table
-
-WHOLE_NUMBERS: dict[str, tuple[int, int | None]] = {
-    "num_frames": (1, None),
-    "height": (1, None),
-    "width": (1, None),
-    "num_inference_steps": (1, TRAIN_TIMESTEPS),
-    "fps": (1, None),
-    "seed": (0, None),
-    "ar_step": (0, None),
-    "causal_block_size": (1, None),
-    "base_num_frames": (1, None),
-    "overlap_history": (1, None),
-    "addnoise_condition": (0, TRAIN_TIMESTEPS - 1),
-}
-POSITIVE_NUMBERS = ("guidance_scale", "flow_shift")
-CHOICES = {"sigma_table": get_args(SigmaTable), "first_sample": get_args(FirstSample)}
+from mc_runtime.option_values import check_values
+from mc_runtime.options import GenerationOptions
+from mc_runtime.sampler import sigma_table
 
 
 @dataclass(frozen=True)
@@ -237,7 +220,7 @@ def validate_options(
     Raises:
         ValueError: A setting that cannot be generated; the message names the nearest that can.
     """
-    _check_values(options)
+    check_values(options)
     check_multiple("height", options.height, grid.spatial_factor * grid.patch_size[1])
     check_multiple("width", options.width, grid.spatial_factor * grid.patch_size[2])
     _check_steps(options)
@@ -362,26 +345,3 @@ def _check_steps(options: GenerationOptions) -> None:
             f"{options.flow_shift:g}, or the first two timesteps are equal, got {steps}. "
             "Use fewer steps or a lower flow_shift."
         )
-
-
-def _check_values(options: GenerationOptions) -> None:
-    """Check every number's kind and bounds, and every choice.
-
-    Raises:
-        ValueError: With the bounds or the choices.
-    """
-    for name, (low, high) in WHOLE_NUMBERS.items():
-        value = getattr(options, name)
-        whole = isinstance(value, int | np.integer)
-        if not whole or value < low or (high is not None and value > high):
-            bounds = f"{low} or more" if high is None else f"{low} to {high}"
-            raise ValueError(f"{name}: expected a whole number, got {value!r}. Use {bounds}.")
-    for name in POSITIVE_NUMBERS:
-        value = getattr(options, name)
-        if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name}: expected a finite number, got {value!r}. Use one above 0.")
-    for name, choices in CHOICES.items():
-        value = getattr(options, name)
-        if value not in choices:
-            listed = " or ".join(choices)
-            raise ValueError(f"{name}: expected {listed}, got {value!r}. Use one of these.")

@@ -252,6 +252,11 @@ def test_outputs_must_differ(fake, folder):
     refused(f"n.npz: {own}", *PROMPT, *arguments)
 
 
+def test_the_help_has_both_defaults_where_families_differ():
+    text = " ".join(CliRunner().invoke(main, ["--help"]).stdout.split())
+    assert "[default: (17; MAGI-1: 32)]" in text
+
+
 def test_an_image_is_read_at_the_size_of_the_video(fake, folder):
     with av.open("x.png", "w", format="image2") as file:
         stream = file.add_stream("png", rate=1)

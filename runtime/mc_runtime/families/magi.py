@@ -29,6 +29,7 @@ from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
 from mc_runtime.families.magi_steps import MagiRun, MagiTexts
 from mc_runtime.families.magi_work import describe_work
 from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
+from mc_runtime.option_values import check_values
 from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid, Window, check_multiple, step_matrix
@@ -100,6 +101,7 @@ def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[st
     Raises:
         ValueError: A setting that cannot be generated; the message names the nearest that can.
     """
+    check_values(options)
     schedule = MagiSchedule.from_manifest(config, options)
     stages, reason = schedule.window_chunks, ", the chunks of a window"
     check_multiple("num_inference_steps", options.num_inference_steps, stages, reason)
