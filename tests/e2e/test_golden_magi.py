@@ -225,6 +225,16 @@ def test_every_mended_defect_shows(distilled, switch):
     assert np.abs(latents - distilled.expected["mc_loose_kvfix_final"]).max() > 10 * TOLERANCE
 
 
+def test_velocities_come_nearer_to_the_run_without_reuse(distilled):
+    """The figures of docs/decisions/010, on random weights."""
+    policy = policy_of(distilled, "mc_kvfix")
+    changed = replace(policy.config, compat=replace(policy.switches, reuse_velocity=True))
+    latents, _ = distilled.generate(make_policy("motioncache", vars(changed), "magi"))
+    uncached, increments = (distilled.expected[f"{run}_final"] for run in ("mc_none", "mc_kvfix"))
+    found = [np.sqrt(np.square(each - uncached).mean()) for each in (increments, latents)]
+    assert found == pytest.approx([0.125, 0.054], abs=5e-4)
+
+
 def test_without_nearly_clean_guidance_the_latents_are_others(distilled):
     latents, _ = distilled.generate(none(), nearly_clean=False)
     assert np.abs(latents - distilled.expected["uncached_final"]).max() > 10 * TOLERANCE
