@@ -19,14 +19,16 @@ __all__ = [
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mc_engines.host_sizes import hold_blocks, hold_decoder
 from mc_engines.onnxruntime_runner import HELD_WEIGHTS_BYTES
 from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
+from mc_engines.run_tapes import DecoderShape, Level
 from mc_export.component import ComponentSource
 from mc_export.tensor_source import Shape
 
@@ -49,15 +51,13 @@ _COMPONENTS = {
     },
     "vae": {"vae_encoder": r"(encoder|quant_conv)\..+", "vae_decoder": r".+"},
 }
+_UP = "decoder.up_blocks"
 _LAYER = re.compile(r"(?:blocks|encoder\.block)\.(\d+)\.")
 # Copied from file to file; it is no graph.
 _TABLE = "text_embedding"
 
 # Measured with torch 2.13, ONNX Runtime 1.31: what a process holds that has exported a tiny model.
 _PROCESS_BYTES = 310_000_000
-# Measured with ONNX Runtime 1.31 on a CPU, 136x240 and 272x240 pixels: memory of one later step of
-# the decoder and of its states, in float32 maps of four frames at full size and base width.
-_DECODER_MAPS = 22 + 6
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class SizePlan:
         components: Of the bundle, those that have weights.
         bundle: Bytes of all weights on disk.
         export_peak: Estimate of the memory that the export takes beside mapped files.
-        cpu: A run in float32 in ONNX Runtime.
+        cpu: A run in float32 in ONNX Runtime, whose passes and steps of the decoder are what its
+            arenas keep of them; what a process holds anyway is not in it.
         device: A run in 16 bit whose transformer and caches lie on a device.
     """
 
@@ -142,11 +143,12 @@ def plan_sizes(
         for component in _components(part, shapes, dtype.itemsize)
     )
     window = _describe_window(transformer, chunk_tokens, window_tokens)
-    cpu = plan_run_sizes(
+    cpu = _plan_cpu(
         window,
-        value_bytes=4,
         weights=0 if dtype == torch.float32 else _held_weights(components),
-        decode=_decoding_bytes(parts.get("vae", {}), height * width),
+        decode=_decoding_bytes(
+            parts.get("vae", {}), (height // spatial_factor, width // spatial_factor), window, chunk
+        ),
     )
     resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
     device = plan_run_sizes(window, value_bytes=2, weights=2 * resident, decode=0)
@@ -208,10 +210,35 @@ def _describe_window(
     )
 
 
-def _decoding_bytes(vae: Mapping[str, Shape], pixels: int) -> int:
-    """Of one later step of the decoder; 0 without one."""
-    base_width: int = vae.get("decoder.conv_out.weight", (0, 0))[1]
-    return _DECODER_MAPS * base_width * _TEMPORAL_FACTOR * pixels * 4
+def _plan_cpu(window: WindowShape, weights: int, decode: int) -> RunSizes:
+    """Plan a run in ONNX Runtime, which gives nothing back: passes and decoding add up."""
+    sizes = plan_run_sizes(window, value_bytes=4, weights=weights, decode=decode)
+    plain, fused = hold_blocks(window)
+    held = sizes.kv + sizes.context + sizes.residual + weights
+    peak = held + plain + fused + decode
+    return replace(sizes, pass_plain=plain, pass_fused=fused, peak=peak)
+
+
+def _decoding_bytes(
+    vae: Mapping[str, Shape], latents: tuple[int, int], window: WindowShape, chunk: int
+) -> int:
+    """Of decoding the chunks of a window; 0 without a decoder."""
+    if f"{_UP}.0.resnets.0.conv1.weight" not in vae:
+        return 0
+    steps = chunk * window.window_tokens // window.chunk_tokens
+    shape = _describe_decoder(vae)
+    return hold_decoder(shape, *latents, steps, frames=chunk * _TEMPORAL_FACTOR).arenas
+
+
+def _describe_decoder(vae: Mapping[str, Shape]) -> DecoderShape:
+    """Read the decoder off the shapes of its convolutions, which are (out, in, ...)."""
+    levels: list[Level] = []
+    while (first := f"{_UP}.{len(levels)}.resnets.0.conv1.weight") in vae:
+        block = f"{_UP}.{len(levels)}"
+        count = sum(bool(re.fullmatch(rf"{block}\.resnets\.\d+\.conv1\.weight", n)) for n in vae)
+        rate = f"{block}.upsamplers.0.time_conv.weight" in vae
+        levels.append(Level(vae[first][1], vae[first][0], count, rate))
+    return DecoderShape(vae["decoder.conv_in.weight"][1], tuple(levels))
 
 
 def _positions(
@@ -298,12 +325,12 @@ _RUN_ROWS = {
     "text keys and values, both branches": "context",
     "residual, both branches": "residual",
     "resident weights": "weights",
-    "largest pass, plain attention": "pass_plain",
+    "passes with plain attention": "pass_plain",
     "  its scores": "scores",
-    "largest pass, fused attention": "pass_fused",
+    "passes with fused attention": "pass_fused",
     "  its q, k, v": "qkv",
     "  its feed-forward": "ffn",
-    "decoding a step": "decode",
+    "decoding": "decode",
     "peak": "peak",
 }
 

@@ -1,14 +1,15 @@
 """What a generation holds in a device's memory, whether that fits, and what would make it fit.
 
 `plan_memory` plans one run; `find_ways_to_fit` plans it again with other settings, so that what it
-names does fit. Neighbours: `predict` reports both; `plan_run_sizes` has the arithmetic.
+names does fit. Neighbours: `predict` reports both; `plan_run_sizes` has the arithmetic; `host_plan`
+plans a run on this CPU.
 """
 
-__all__ = ["DTYPES", "USABLE", "MemoryPlan", "Way", "find_ways_to_fit", "plan_memory"]
+__all__ = ["DTYPES", "USABLE", "MemoryPlan", "Plan", "Way", "find_ways_to_fit", "plan_memory"]
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
 from mc_runtime.bench.devices import Device
@@ -28,6 +29,19 @@ DTYPES = {
 }
 _SIXTEENTHS = range(15, 3, -1)  # of either side, down to a quarter
 _STREAMED_LAYERS = 2  # that are there at a time
+
+
+class Plan(Protocol):
+    """Of the memory of a run."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that are held at once."""
+        ...
+
+    def fits(self, device: Device) -> bool:
+        """Whether a device has as much."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -123,9 +137,9 @@ def plan_memory(
         text = model.text_layer * value_bytes
     if vae_on_cpu:
         vae = 0
-    elif model.vae_weights is not None and model.vae_states is not None:
-        states = model.vae_states * options.height * options.width
-        vae = round((model.vae_weights + 2 * states) * value_bytes)
+    elif model.vae_weights is not None and model.decoder is not None:
+        positions = options.height * options.width // model.grid.spatial_factor**2
+        vae = (model.vae_weights + 2 * model.decoder.state_values() * positions) * value_bytes
     return MemoryPlan(sizes, text, vae)
 
 
@@ -155,7 +169,12 @@ _UNGUIDED = _Change(("no guidance (--guidance-scale 1)",), {"guidance_scale": 1.
 
 
 def find_ways_to_fit(
-    model: Model, options: GenerationOptions, dtype: str, device: Device, prefix: int = 0
+    model: Model,
+    options: GenerationOptions,
+    dtype: str,
+    device: Device,
+    prefix: int = 0,
+    host: Callable[[GenerationOptions], Plan] | None = None,
 ) -> list[Way]:
     """Find changes after which a run fits, of each kind the mildest.
 
@@ -165,6 +184,7 @@ def find_ways_to_fit(
         dtype: Of its engines.
         device: Whose memory it is.
         prefix: Latent frames of a video that is continued.
+        host: Plans a run on this CPU, where weights are not streamed; None for one in engines.
 
     Returns:
         The ways, each planned as the run itself is. Where streamed weights are not enough by
@@ -176,7 +196,10 @@ def find_ways_to_fit(
             changed, used = replace(options, **change.settings), change.dtype or dtype
             rest = {"streamed": change.streamed, "vae_on_cpu": change.vae_on_cpu}
             try:
-                plan = plan_memory(model, changed, used, prefix=prefix, **rest)
+                if host is None:
+                    plan: Plan = plan_memory(model, changed, used, prefix=prefix, **rest)
+                else:
+                    plan = host(changed)
             except ValueError:
                 continue  # such as windows that would leave a chunk unfilled
             if plan.fits(device):
@@ -189,14 +212,15 @@ def find_ways_to_fit(
     unguided = [_UNGUIDED] if options.guidance_scale > 1 else []
     shorter, smaller = list(_shorten(model, options)), list(_shrink(model, options))
     kinds = [no_vae, list(_narrow(dtype, device)), unguided, shorter, smaller]
-    streamed = first([_STREAMED])
+    streaming = [] if host is not None else [_STREAMED]
+    streamed = first(streaming)
     ways = streamed + [way for kind in kinds for way in first(kind)]
-    if not streamed:
+    if streaming and not streamed:
         plain = [replace(way, change="", streamed=True, peak=0) for way in ways]
         beside = (way for kind in kinds for way in first(each + _STREAMED for each in kind))
         # One that streaming does not make milder is not worth it.
         ways += [way for way in beside if replace(way, change="", peak=0) not in plain]
-    least = sum((kind[-1] for kind in (no_vae, unguided, shorter) if kind), _STREAMED)
+    least = sum((kind[-1] for kind in (streaming, no_vae, unguided, shorter) if kind), _Change(()))
     return ways or first(each + least for each in smaller)
 
 

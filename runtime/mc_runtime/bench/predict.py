@@ -14,6 +14,7 @@ __all__ = [
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from mc_engines.errors import require
 from mc_engines.run_sizes import TEXT_TOKENS
 from mc_runtime.bench.devices import THIS_CPU, Device, find_device
+from mc_runtime.bench.host_plan import HostPlan, plan_host
 from mc_runtime.bench.memory_plan import (
     DTYPES,
     USABLE,
@@ -240,15 +242,38 @@ def _vanilla(plan: RunPlan, costs: EngineCosts, limits: Limits) -> dict[str, dic
 def _memory(model: Model, request: Request, prefix: int, device: Device) -> dict[str, Any]:
     """What has to lie in the device's memory, whether it fits, and what would make it fit."""
     options, dtype = request.options, request.dtype
-    plan = plan_memory(model, options, dtype, prefix=prefix)
-    fits, sizes = plan.fits(device), plan.transformer
-    ways = [] if fits else find_ways_to_fit(model, options, dtype, device, prefix)
+    host, plan_again = None, None
+    if request.device == THIS_CPU:
+        plan_again = partial(plan_host, model, prefix=prefix)
+        plan: MemoryPlan | HostPlan = plan_again(options)
+    else:
+        plan = plan_memory(model, options, dtype, prefix=prefix)
+    fits = plan.fits(device)
+    if isinstance(plan, HostPlan):
+        parts, host = (
+            _host_parts(plan),
+            {"anonymous": {**plan.anonymous}, "mapped": {**plan.mapped}},
+        )
+    else:
+        parts = _device_parts(plan)
+    again = model, options, dtype, device, prefix
     return {
         "capacity": device.memory,
         "usable_share": USABLE,
         "shared_with_host": device.shared_memory,
         "fits": fits,
         "peak": plan.peak,
+        **parts,
+        "host": host,
+        "ways_to_fit": []
+        if fits
+        else [asdict(way) for way in find_ways_to_fit(*again, plan_again)],
+    }
+
+
+def _device_parts(plan: MemoryPlan) -> dict[str, Any]:
+    sizes = plan.transformer
+    return {
         "weights": sizes.weights,
         "kv_cache": sizes.kv,
         "prompt_keys": sizes.context,
@@ -257,7 +282,19 @@ def _memory(model: Model, request: Request, prefix: int, device: Device) -> dict
         "text_encoder": plan.text_encoder,
         "vae": plan.vae,
         "left_out": _list_left_out(plan),
-        "ways_to_fit": [asdict(way) for way in ways],
+    }
+
+
+def _host_parts(plan: HostPlan) -> dict[str, Any]:
+    """The same of a run on this CPU; what the process holds anyway stands beside it."""
+    held = plan.anonymous
+    told = {"text encoder": plan.encoding is not None, "VAE": plan.decodes}
+    return {
+        "weights": held["weights"] + held["graph_weights"],
+        **{part: held[part] for part in ("kv_cache", "prompt_keys", "residuals", "activations")},
+        "text_encoder": plan.encoding,
+        "vae": held["decoder"] + held["frames"] if plan.decodes else None,
+        "left_out": [*(part for part, known in told.items() if not known), "writing of the video"],
     }
 
 

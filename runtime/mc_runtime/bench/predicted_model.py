@@ -3,22 +3,24 @@
 Neighbours: `predict` and `memory_plan` reckon with it.
 """
 
-__all__ = ["Model", "count_wan_states", "describe_model"]
+__all__ = ["PREDICT", "Model", "describe_model"]
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mc_engines.building.bounds import Bounds, bound_tensor
 from mc_engines.bundle import Bundle
 from mc_engines.manifest import Manifest
-from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
+from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE, Published
+from mc_engines.run_sizes import TEXT_TOKENS
+from mc_engines.run_tapes import DecoderShape
+from mc_engines.specs import split_size
 from mc_runtime.flops import ModelFlops
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.schedule import LatentGrid
 
-_FAMILY = "skyreels"
+PREDICT = "mc-bench predict"
 # Weights of a layer of the text encoder that published configurations share, but for norms and
 # biases by distance.
 _UMT5_LAYER = UMT5_XXL["d_model"] * (
@@ -26,7 +28,11 @@ _UMT5_LAYER = UMT5_XXL["d_model"] * (
 )
 # And of the four engines of their VAE: the sizes of engines in 16 bit, in README.md, by two.
 _WAN_WEIGHTS = 184_000_000
-_VAE = "vae_encoder_first", "vae_encoder_next", "vae_decoder_first", "vae_decoder_next"
+_WAN_DECODER_WEIGHTS = 98_700_000  # of the decoder's two, in the files of an export
+_FREQUENCIES = 256  # of the embedding of timesteps
+_DECODER = "vae_decoder_first", "vae_decoder_next"
+_VAE = ("vae_encoder_first", "vae_encoder_next", *_DECODER)
+_TRANSFORMER = "text_projection", "timestep", "embed", "head"  # with weights inside
 _STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -42,7 +48,10 @@ class Model:
         defaults: Of a generation.
         text_layer: Number of weights in a layer of its text encoder.
         vae_weights: Number of weights in the engines of its VAE.
-        vae_states: Values per pixel that its decoder keeps from step to step.
+        decoder: Of its VAE.
+        graph_weights: Number of weights inside the graphs that a generation opens.
+        stored_bytes: Of a weight in its files.
+        text_tokens: Of a prompt, padding included.
     """
 
     name: str
@@ -52,7 +61,10 @@ class Model:
     defaults: GenerationOptions
     text_layer: int | None = None
     vae_weights: int | None = None
-    vae_states: float | None = None
+    decoder: DecoderShape | None = None
+    graph_weights: int = 0
+    stored_bytes: int = 2
+    text_tokens: int = TEXT_TOKENS
 
 
 def describe_model(name: str) -> Model:
@@ -77,58 +89,47 @@ def describe_model(name: str) -> Model:
                 "Pass the folder that mc-export wrote, or one of these names."
             )
         return _describe_bundle(name)
+    return _describe_published(name, published)
+
+
+def _describe_published(name: str, published: Published) -> Model:
+    """Read a published configuration; the one in this package has parts of its own."""
     config = published.transformer
+    flops = ModelFlops.from_published(config)
+    ends = flops.text_dim + flops.patch_in + flops.patch_out + _FREQUENCIES
+    # Text: C x C. Timesteps: C x C and C x 6 C, and the same of frame rates.
+    squares = 15 if config.get("inject_sample_info") else 8
+    inside = (ends + squares * flops.dim) * flops.dim
+    shared = published.repository is not None
     return Model(
         name,
-        ModelFlops.from_published(config),
+        flops,
         config["num_attention_heads"],
         LatentGrid(spatial_factor=published.spatial_factor, patch_size=config["patch_size"]),
         GenerationOptions(height=published.height, width=published.width),
-        *(
-            (None, None, None)  # the one in this package has parts of its own
-            if published.repository is None
-            else (_UMT5_LAYER, _WAN_WEIGHTS, count_wan_states(WAN21_VAE["base_dim"]))
-        ),
+        _UMT5_LAYER if shared else None,
+        _WAN_WEIGHTS if shared else None,
+        DecoderShape.from_config(WAN21_VAE) if shared else None,
+        inside + (_WAN_DECODER_WEIGHTS if shared else 0),
     )
 
 
-def count_wan_states(base: int) -> float:
-    """Count what the decoder of Wan 2.1's VAE keeps from step to step, per pixel.
-
-    Args:
-        base: Its channels at full size.
-
-    Returns:
-        Values: two frames of the input of every convolution along time. These are 5 at full size, 4
-        at half with twice the channels, at a quarter 1 with twice and 4 with four times, at an
-        eighth 9 with four times, and one of the 16 channels of the latents.
-
-    Example:
-        >>> count_wan_states(8)
-        139.5
-    """
-    return 2 * (base * (5 + 4 * 2 / 4 + (2 + 4 * 4) / 16 + 9 * 4 / 64) + 16 / 64)
-
-
 def _describe_bundle(name: str) -> Model:
-    """Read a bundle; of SkyReels-V2 alone, as schedule and costs of others are not modelled.
+    """Read a bundle.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: It is of another family.
+        ValueError: It is of a family whose schedule and costs are not modelled.
     """
     pipeline = VideoPipeline(Bundle.open(name))
+    pipeline.family.require(PREDICT)
     manifest = pipeline.bundle.manifest
-    if manifest.family != _FAMILY:
-        raise ValueError(
-            f"{name}: expected a bundle of the family {_FAMILY}, got {manifest.family}. Time it "
-            "with mc-bench run."
-        )
     config, layer = manifest.config["transformer"], manifest.components.get("text_layer")
     specs = None if layer is None else layer.graphs["fp32"].weights
     vae = "vae" in manifest.config
+    opened = (*_TRANSFORMER, *(_DECODER if vae else ()))
     return Model(
         name,
         ModelFlops.from_manifest(config),
@@ -136,25 +137,28 @@ def _describe_bundle(name: str) -> Model:
         pipeline.grid,
         pipeline.default_options,
         None if specs is None else sum(math.prod(map(int, spec.shape)) for spec in specs),
-        _count_vae_weights(manifest) if vae else None,
-        _count_vae_states(pipeline.bundle) if vae else None,
+        _count_weights(manifest, _VAE) if vae else None,
+        _read_decoder(pipeline.bundle) if vae else None,
+        _count_weights(manifest, opened),
+        _STORED[manifest.weights_dtype],
+        manifest.config.get("text_encoder", {}).get("max_tokens", TEXT_TOKENS),
     )
 
 
-def _count_vae_weights(manifest: Manifest) -> int:
+def _count_weights(manifest: Manifest, components: tuple[str, ...]) -> int:
     """Number of weights in the files that the precisions of a graph share."""
-    files = (manifest.files.get(f"onnx/{component}.onnx.data") for component in _VAE)
+    files = (manifest.files.get(f"onnx/{component}.onnx.data") for component in components)
     stored = sum(file.size for file in files if file is not None)
     return stored // _STORED[manifest.weights_dtype]
 
 
-def _count_vae_states(bundle: Bundle) -> float:
-    """Values per pixel that the decoder keeps from step to step."""
-    one = Bounds(1, 1, 1)
-    states = (
-        math.prod(bound_tensor(spec, {"h": one, "w": one})[2])
+def _read_decoder(bundle: Bundle) -> DecoderShape:
+    """Tell the decoder by what it keeps from step to step."""
+    states = [
+        spec
         for spec in bundle.graph("vae_decoder_next", "fp32").inputs
         if spec.name.startswith("state")
-    )
-    factor: int = bundle.manifest.config["vae"]["spatial_factor"]
-    return sum(states) / factor**2
+    ]
+    sides = [split_size(str(spec.shape[-1]))[0] for spec in states]
+    channels = [int(spec.shape[1]) for spec in states]
+    return DecoderShape.from_states([*zip(channels, sides, strict=True)])

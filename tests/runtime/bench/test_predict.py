@@ -1,8 +1,10 @@
 """`mc-bench predict`: figures against published ones, and what it refuses."""
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,13 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from mc_runtime.bench import predicted_model, reference
+from mc_engines.building.bounds import Bounds, bound_tensor
+from mc_runtime.bench import host_plan, predicted_model, reference
 from mc_runtime.bench.cli import main
-from mc_runtime.bench.devices import DEVICES
+from mc_runtime.bench.devices import DEVICES, Device
 from mc_runtime.bench.memory_plan import DTYPES, find_ways_to_fit, plan_memory
 from mc_runtime.bench.predict import Efficiency, Request, predict
-from mc_runtime.bench.predicted_model import count_wan_states, describe_model
+from mc_runtime.bench.predicted_model import describe_model
 from mc_runtime.bench.schemas import find_fault, read_schema
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.run_plan import plan_run
@@ -132,11 +135,16 @@ def test_text_encoder_and_vae_are_counted_where_they_are_told(tiny_bundle) -> No
     manifest = VideoPipeline.from_bundle(tiny_bundle).bundle.manifest
     layer = manifest.components["text_layer"]
     weights = sum(int(np.prod(spec.shape)) for spec in layer.graphs["fp16"].weights)
-    states = count_wan_states(8)  # its VAE is Wan's with 8 channels
-    assert (model.text_layer, model.vae_states) == (weights, states)
+    one = Bounds(8, 8, 8)  # latents of a video of 64 by 64
+    states = sum(
+        math.prod(bound_tensor(spec, {"h": one, "w": one})[2])
+        for spec in manifest.components["vae_decoder_next"].graphs["fp16"].inputs
+        if spec.name.startswith("state")
+    )
+    assert model.text_layer == weights
     plan = plan_memory(model, SHORT, "fp16")
     assert plan.text_encoder == 2 * weights
-    assert plan.vae == 2 * (model.vae_weights + 2 * states * SHORT.height * SHORT.width)
+    assert plan.vae == 2 * (model.vae_weights + 2 * states)
     without = plan_memory(model, SHORT, "fp16", vae_on_cpu=True)
     assert plan.peak - without.peak == plan.vae
     memory = predict(model, Request(SHORT, "a800", "bf16"))["memory"]
@@ -221,8 +229,8 @@ def test_a_bundle_of_another_family_is_refused(tiny_bundle, monkeypatch) -> None
     bundle = VideoPipeline.from_bundle(tiny_bundle).bundle
     other = replace(bundle, manifest=replace(bundle.manifest, family="magi"))
     monkeypatch.setattr(predicted_model, "Bundle", SimpleNamespace(open=lambda _: other))
-    message = "expected a bundle of the family skyreels, got magi. Time it with mc-bench run."
-    assert message in run(tiny_bundle, "--device=a800", code=2)
+    message = "mc-bench predict: expected a bundle of another family, got one of magi"
+    assert message in " ".join(run(tiny_bundle, "--device=a800", code=2).split())
 
 
 @pytest.mark.parametrize(
@@ -256,4 +264,28 @@ def test_this_cpu_is_measured(monkeypatch) -> None:
     assert report["rates"]["flops"] == pytest.approx(5 * 2 * 1024**3 / 0.040)
     assert report["rates"]["flops"] == report["rates"]["attention_flops"]
     assert report["rates"]["bandwidth"] > 1e8 and next(times, None) is None
-    assert report["memory"]["capacity"] == psutil.virtual_memory().total
+    memory = report["memory"]
+    assert memory["capacity"] == psutil.virtual_memory().total
+    assert find_fault("prediction", report) is None
+    held = memory["host"]["anonymous"]
+    assert memory["peak"] == max(sum(held.values()), memory["text_encoder"]) > 0
+    # Two branches, keys and values in float32, 30 layers; 1.25e9 weights of blocks, cast.
+    assert held["kv_cache"] == 2 * 2 * 30 * 10 * 4 * 4 * 1536 * 4
+    assert held["weights"] == pytest.approx(4 * 1_251_525_120, rel=1e-3)
+    assert memory["host"]["mapped"]["libraries"] > 1e7
+    assert predict(MODEL, Request(SHORT, "a800", "bf16"))["memory"]["host"] is None
+
+
+def test_what_would_make_it_fit_on_this_cpu_does(monkeypatch) -> None:
+    monkeypatch.setattr(host_plan, "measure_process", lambda: (40_000_000, 40_000_000))
+    options = replace(MODEL.defaults, height=256, width=448)
+    cpu = Device("this CPU", {"fp32": 1e11}, 1e10, 18 * 2**30, "measured now", True)
+    assert not host_plan.plan_host(MODEL, options).fits(cpu)
+    plan = partial(host_plan.plan_host, MODEL)
+    ways = find_ways_to_fit(MODEL, options, "fp32", cpu, host=plan)
+    assert {way.change.split(" (")[0] for way in ways} == {
+        *("no guidance", "shorter windows", "a smaller video"),
+    }
+    for way in ways:
+        assert way.peak == plan(replace(options, **way.settings)).peak <= 0.95 * cpu.memory
+        assert not way.streamed and not way.vae_on_cpu
