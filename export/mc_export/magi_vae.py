@@ -31,7 +31,7 @@ class HeadNorm(Island):
         return centred / (deviation + EPSILON)
 
 
-class VaeEmbed(Island):
+class VaeEmbed(nn.Module):
     """Patches of pixels, or latents, as tokens that know where they are."""
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -67,7 +67,7 @@ class VaeBlock(nn.Module):
         return updated
 
 
-class VaeEncoderHead(Island):
+class VaeEncoderHead(nn.Module):
     """Tokens to latents: the mean of their distribution, which is also its mode."""
 
     def __init__(self, channels: int, latent_channels: int) -> None:

@@ -213,7 +213,7 @@ class RenamedSource:
 
 
 def open_weights(folder: Path) -> TensorSource:
-    """Open a folder's `*.safetensors`, or where there are none its `*.bin`.
+    """Open a folder's `*.safetensors`, or where there are none its `*pytorch_model*.bin`.
 
     Args:
         folder: Where the files lie.
@@ -225,7 +225,7 @@ def open_weights(folder: Path) -> TensorSource:
         CheckpointError: There is no such file, one is missing or damaged.
         MissingExtraError: safetensors is not installed.
     """
-    pickles = sorted(folder.glob("*.bin"))
+    pickles = sorted(folder.glob("*pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         return PickleSource(*pickles)
     return SafetensorsSource(folder)
