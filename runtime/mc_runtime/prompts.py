@@ -7,8 +7,8 @@ __all__ = ["encode_prompts", "read_prompts"]
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import Embedding, VideoPipeline
 
 
@@ -43,7 +43,7 @@ def read_prompts(path: Path, least: int = 1) -> tuple[str, ...]:
 def encode_prompts(
     pipeline: VideoPipeline,
     prompts: Sequence[str],
-    options: GenerationOptions,
+    options: Any,
     note: Callable[[str], None],
 ) -> list[dict[str, Embedding]]:
     """Encode every prompt, and the empty one for guidance, once for all runs.
@@ -61,7 +61,7 @@ def encode_prompts(
         BundleError: The bundle has no text encoder.
     """
     shared = {}
-    if options.guidance_scale > 1:
+    if pipeline.family.guided(options):
         shared["negative_prompt_embeds"] = pipeline.embed_text("negative_prompt", "", note)
     return [
         {"prompt_embeds": pipeline.embed_text(f"prompt {number}", prompt, note), **shared}

@@ -66,7 +66,6 @@ def open_backend(
     """
     flags = {**values, "backend": name, "engines": values["engine_folder"]}
     pipeline = VideoPipeline(bundle, values["threads"], choose_provider(flags))
-    pipeline.family.require("mc-bench")
     device = choose_device(flags, pipeline.family, options(pipeline))
     if device is None:
         return Backend(name, pipeline)

@@ -162,7 +162,8 @@ def _check_outputs(
 
 def _prepare(pipeline: VideoPipeline, values: dict[str, Any], say: Callable[[str], None]) -> Bench:
     """Settle what is run, and refuse what cannot be."""
-    pipeline.family.require("mc-bench")
+    if values["baseline"] is not None:
+        pipeline.family.require(f"mc-bench run --baseline {DIFFUSERS}")
     bench = Bench(
         pipeline,
         choose_policies(pipeline, values["policies"], values["policy_option"]),

@@ -157,6 +157,8 @@ def run_latency(
     opened = Bundle.open(bundle)
     check_components(opened.manifest.config, values["component"])
     backends = [open_backend(opened, name, values, options) for name in values["backends"]]
+    if values["engines"]:
+        backends[0].pipeline.family.require("mc-bench run --engines")
     settings = options(backends[0].pipeline)
     measured, device = Measured(), values["device"] or 0
     note = _note_once(measured, quiet)

@@ -61,9 +61,13 @@ def _time_rows(report: Report) -> list[list[str]]:
 
 
 def _work_rows(report: Report) -> list[list[str]]:
-    """Three baselines: every chunk in every row, nothing skipped (`none`), and the policies."""
+    """Every chunk in every row, where a family does that; nothing skipped, `none`; the policies."""
     vanilla, none = (report["baseline_flops"][name] for name in (_VANILLA, _CAUSAL))
-    rows = [["vanilla", *map(_count, vanilla.values()), *_ratios(vanilla, vanilla, none), "", ""]]
+    rows = []
+    if vanilla is not None:
+        rows = [
+            ["vanilla", *map(_count, vanilla.values()), *_ratios(vanilla, vanilla, none), "", ""]
+        ]
     for entry in report["policies"]:
         work = entry["flops"]
         shares = (f"{entry[name]:.1%}" for name in ("reuse_ratio", "padding_waste"))
@@ -72,8 +76,11 @@ def _work_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _ratios(work: Mapping[str, int], *baselines: Mapping[str, int]) -> list[str]:
-    return [f"{baseline['total'] / work['total']:.2f}" for baseline in baselines]
+def _ratios(work: Mapping[str, int], *baselines: Mapping[str, int] | None) -> list[str]:
+    return [
+        "" if baseline is None else f"{baseline['total'] / work['total']:.2f}"
+        for baseline in baselines
+    ]
 
 
 def _fidelity_rows(report: Report) -> list[list[str]]:

@@ -16,7 +16,7 @@ import numpy as np
 from mc_runtime.bench.policies import REFERENCE, Bench, Judgement, Turn, Turns, check_policies
 from mc_runtime.bench.reference import BUSY_SPREAD
 from mc_runtime.fidelity import Fidelity
-from mc_runtime.flops import Job, ModelFlops, Work, chunk_causal_work, count_work, vanilla_work
+from mc_runtime.flops import ModelFlops, Work, count_work
 from motioncache import DecisionTrace, Policy
 from motioncache.options import format_options
 
@@ -88,16 +88,13 @@ def build_report(bench: Bench, compared: Compared) -> dict[str, Any]:
     manifest, turns = bench.pipeline.bundle.manifest, compared.turns
     flops = ModelFlops.from_manifest(manifest.config["transformer"])
     traces = {name: _traces(turns.of[name]) for name in bench.policies if name in turns.of}
-    plan = bench.pipeline.plan(bench.options)
-    job = Job.from_plan(plan, traces[REFERENCE][0].run["text_tokens"])
+    counts = {name: _Counts.of_traces(flops, own) for name, own in traces.items()}
     baselines = {
-        "every_chunk_every_row": vanilla_work(flops, job),
-        "chunk_causal": chunk_causal_work(flops, job),
+        "every_chunk_every_row": _count_vanilla(bench, flops, traces[REFERENCE][0]),
+        "chunk_causal": counts[REFERENCE].work,
     }
     policies = [
-        _describe_policy(
-            name, bench.policies[name], compared, own, _Counts.of_traces(flops, own), baselines
-        )
+        _describe_policy(name, bench.policies[name], compared, own, counts[name], baselines)
         for name, own in traces.items()
     ]
     report = {
@@ -118,11 +115,20 @@ def build_report(bench: Bench, compared: Compared) -> dict[str, Any]:
             "limit": BUSY_SPREAD,
             "busy": turns.spread > BUSY_SPREAD,
         },
-        "baseline_flops": {name: work.to_json() for name, work in baselines.items()},
+        "baseline_flops": {
+            name: None if work is None else work.to_json() for name, work in baselines.items()
+        },
         "policies": policies,
         "diffusers": _describe_diffusers(compared),
     }
     return report | {"caveats": _list_caveats(bench, report, traces, compared)}
+
+
+def _count_vanilla(bench: Bench, flops: ModelFlops, trace: DecisionTrace) -> Work | None:
+    """What the original loop would take; None where it computes what `none` does."""
+    count = bench.pipeline.family.vanilla
+    plan = bench.pipeline.plan(bench.options)
+    return None if count is None else count(flops, plan, trace.run["text_tokens"])
 
 
 def _traces(turns: Sequence[Turn]) -> list[DecisionTrace]:
@@ -156,7 +162,7 @@ def _describe_policy(
     compared: Compared,
     traces: Sequence[DecisionTrace],
     counts: _Counts,
-    baselines: Mapping[str, Work],
+    baselines: Mapping[str, Work | None],
 ) -> dict[str, Any]:
     turns = compared.turns
     own = turns.of[name]
@@ -175,7 +181,10 @@ def _describe_policy(
         "outside_engines_share": 1 - _share(own, "engine_seconds"),
         "policy_share": _share(own, "policy_seconds"),
         "flops": counts.work.to_json(),
-        "flops_ratio": {key: work.total / counts.work.total for key, work in baselines.items()},
+        "flops_ratio": {
+            key: None if work is None else work.total / counts.work.total
+            for key, work in baselines.items()
+        },
         "reuse_ratio": float(sum(reused) / sum(decided)),
         "padding_waste": 1 - counts.asked / counts.work.total,
         "fidelity": _describe_fidelity(compared.judgement.of_policy(name)),

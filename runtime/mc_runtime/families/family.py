@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mc_runtime import vae
 from mc_runtime.denoise import Steps, Window
+from mc_runtime.flops import ModelFlops, Work
 from mc_runtime.inputs import Inputs, NamedText, Prompt
 from mc_runtime.passes import Passes
 from mc_runtime.run_plan import RunPlan
@@ -57,6 +58,8 @@ class Family:
             bundle has none.
         open_encoder: The same of its encoder.
         not_yet: Commands, and `engines on a GPU`, that do not take bundles of the family yet.
+        vanilla: From a model's operations, the plan and the text tokens of each branch to what the
+            original loop takes; None where it computes what the policy `none` does.
         tables: Of the bundle, that a run takes besides the texts.
         describe: What a trace has to say of a run, for those who count its work (`count_work`).
         start: Begins a run, with a policy that has accepted its shape.
@@ -73,6 +76,7 @@ class Family:
     prompts: Prompts
     describe: Callable[[Inputs, RunPlan], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
+    vanilla: Callable[[ModelFlops, RunPlan, Sequence[int]], Work] | None = None
     tables: tuple[str, ...] = ()
     clean: Callable[[str], str] = clean_prompt
     pads_text: bool = True

@@ -19,6 +19,7 @@ _SKYREELS = Family(
     prompts=skyreels.pick_prompts,
     describe=skyreels.describe,
     start=skyreels.start,
+    vanilla=skyreels.count_vanilla,
 )
 _MAGI = Family(
     name="magi",
@@ -37,6 +38,12 @@ _MAGI = Family(
     pads_text=False,
     open_decoder=tiled_vae.open_decoder,
     open_encoder=tiled_vae.open_encoder,
-    not_yet=(ENGINES, "mc-calibrate", "mc-bench"),
+    not_yet=(
+        ENGINES,
+        "mc-calibrate",
+        "mc-bench predict",
+        "mc-bench run --engines",
+        "mc-bench run --baseline diffusers",
+    ),
 )
 FAMILIES = {family.name: family for family in (_SKYREELS, _MAGI)}

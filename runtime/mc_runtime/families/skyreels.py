@@ -12,6 +12,7 @@ __all__ = [
     "SkyreelsRun",
     "SkyreelsSteps",
     "count_continued",
+    "count_vanilla",
     "default_options",
     "describe",
     "list_timesteps",
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from mc_runtime.decisions import Decisions
 from mc_runtime.denoise import Window
+from mc_runtime.flops import Job, ModelFlops, Work, vanilla_work
 from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
 from mc_runtime.latent_motion import measure_latent_motion
 from mc_runtime.options import GenerationOptions
@@ -80,6 +82,11 @@ def plan(
     """Lay out a run; see `Family.plan`."""
     validate_options(options, prefix, grid)
     return plan_run(options, prefix, grid)
+
+
+def count_vanilla(flops: ModelFlops, plan: RunPlan, text_tokens: Sequence[int]) -> Work:
+    """Count what diffusers takes; see `Family.vanilla`."""
+    return vanilla_work(flops, Job.from_plan(plan, text_tokens))
 
 
 def list_timesteps(options: GenerationOptions, config: Mapping[str, Any]) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from mc_runtime.bench.policies import Bench, Turn
 from mc_runtime.bench.policy_page import render_page
 from mc_runtime.bench.policy_report import BUSY_SPREAD
 from mc_runtime.bench.schemas import read_schema
+from mc_runtime.families.magi_schedule import MagiOptions
 from mc_runtime.fidelity import compare_videos
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work, vanilla_work
 from mc_runtime.options import GenerationOptions
@@ -105,9 +106,9 @@ def objects(schema):
 
 def test_the_schema_is_strict(report):
     schema = read_schema("policies")
-    assert set(schema["properties"]["settings"]["properties"]) == {
-        entry.name for entry in fields(GenerationOptions)
-    }
+    for family, options in (("skyreels", GenerationOptions), ("magi", MagiOptions)):
+        settings = schema["$defs"][f"settings_{family}"]["properties"]
+        assert set(settings) == {entry.name for entry in fields(options)}
     free = [part for part in objects(schema) if part.get("additionalProperties") is not False]
     assert free == [schema["$defs"]["versions"]]
     closed = [part for part in objects(schema) if part not in free]
