@@ -15,6 +15,7 @@ from .motion import measure_motion
 from .policies import measure_long, measure_policies
 from .prompts import measure_prompts
 from .records import open_pipeline
+from .sheet import draw_sheet
 
 PARTS: dict[str, Callable[[VideoPipeline], str]] = {
     "codec": measure_codec,
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[VideoPipeline], str]] = {
     "motion": measure_motion,
     "policies": measure_policies,
     "long": measure_long,
+    "sheet": draw_sheet,
 }
 
 if __name__ == "__main__":
