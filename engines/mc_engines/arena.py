@@ -8,7 +8,8 @@ the first run left, so that an arena grows to about twice what is alive at a tim
 
 Neighbours: `run_tapes` says what the graphs take, `host_sizes` adds up what a run holds.
 
-Source: ONNX Runtime 1.31, bfc_arena.cc (regions, best fit, splitting), mem_pattern_planner.h.
+Source: microsoft/onnxruntime 009aae1, core/framework/bfc_arena.cc (regions, best fit, splitting,
+joining). That the block of later runs is packed by best fit was found by measuring 1.31.
 """
 
 __all__ = ["Arena", "Kind", "Tape"]

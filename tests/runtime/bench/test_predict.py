@@ -279,7 +279,7 @@ def test_this_cpu_is_measured(monkeypatch) -> None:
 def test_what_would_make_it_fit_on_this_cpu_does(monkeypatch) -> None:
     monkeypatch.setattr(host_plan, "measure_process", lambda: (40_000_000, 40_000_000))
     options = replace(MODEL.defaults, height=256, width=448)
-    cpu = Device("this CPU", {"fp32": 1e11}, 1e10, 18 * 2**30, "measured now", True)
+    cpu = Device("this CPU", {"fp32": 1e11}, 1e10, 21 * 2**30, "measured now", True)
     assert not host_plan.plan_host(MODEL, options).fits(cpu)
     plan = partial(host_plan.plan_host, MODEL)
     ways = find_ways_to_fit(MODEL, options, "fp32", cpu, host=plan)
