@@ -36,7 +36,7 @@ def has_t5_tokenizer(folder: Path) -> bool:
 
 
 def write_t5_tokenizer(folder: Path, target: Path) -> None:
-    """Write `tokenizer.json`.
+    """Write the `tokenizer.json` of a T5: the one that is there, or one made of `spiece.model`.
 
     Args:
         folder: With `tokenizer.json`, or with `spiece.model`.

@@ -74,4 +74,4 @@ def read_array(path: Path, name: str) -> NDArray[Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     """NaN and infinities: Python writes and reads them, JSON has none."""
-    raise ValueError(f"{name}, which is no JSON")
+    raise ValueError(f"number: expected one that JSON has, got {name}")
