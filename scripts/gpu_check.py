@@ -109,8 +109,8 @@ def record_calls(bundle: Bundle, options: GenerationOptions, policy: str) -> dic
     calls: dict[str, list[Call]] = defaultdict(list)
 
     class Recorded(VideoPipeline):
-        def _open(self, component: str) -> Runner:
-            return _Recorder(super()._open(component), calls[component])
+        def _open(self, component: str, form: str = "fp32") -> Runner:
+            return _Recorder(super()._open(component, form), calls[component])
 
         @property
         def transformer(self) -> Transformer:

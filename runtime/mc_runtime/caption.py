@@ -88,7 +88,7 @@ def clean_caption(prompt: str) -> str:
 
     Example:
         >>> clean_caption("  A <b>Cat</b> &amp; a\tDog, see https://cats.com/42 (HD) ")
-        'a cat a dog, see'
+        'a cat a dog, see hd'
     """
     return _clean_once(_clean_once(prompt))
 
