@@ -13,14 +13,13 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+from peak_memory import PeakMemory
 
 from mc_engines.arena import Arena
 from mc_engines.bundle import Bundle
@@ -37,37 +36,7 @@ PROMPT = "a big red circle drifts left over sand"
 FOLDER = Path("out/real-sizes")
 MODEL = "skyreels-df-1.3b-540p"
 THREADS = 2
-
-
-class Peaks:
-    """Samples anonymous memory and mapped files of this process while the body of a `with` runs."""
-
-    def __enter__(self) -> "Peaks":
-        self.anonymous = self.mapped = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self._sample()
-
-    def _sample(self) -> None:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        now = [1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")]
-        self.anonymous, self.mapped = max(self.anonymous, now[0]), max(self.mapped, now[1])
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
+INTERVAL = 0.005  # seconds between samples: a step of a small model is short
 
 
 @dataclass(frozen=True)
@@ -121,9 +90,9 @@ def check_generation(bundle: Path, settings: Mapping[str, Any]) -> Check:
     return Check(f"{bundle.name}, {settings}", plan.anonymous, plan.peak_mapped, measured)
 
 
-def run_generation(bundle: Path, settings: Mapping[str, Any]) -> Peaks:
+def run_generation(bundle: Path, settings: Mapping[str, Any]) -> PeakMemory:
     """Generate from a prompt."""
-    with Peaks() as peaks:
+    with PeakMemory(INTERVAL) as peaks:
         for _ in VideoPipeline.from_bundle(bundle, THREADS).generate(PROMPT, **settings):
             pass
     return peaks
@@ -155,12 +124,12 @@ def check_block(bundle: Path, settings: Mapping[str, Any]) -> Check:
     return Check(name, parts, mapped, measured)
 
 
-def run_block(bundle: Path, settings: Mapping[str, Any]) -> Peaks:
+def run_block(bundle: Path, settings: Mapping[str, Any]) -> PeakMemory:
     """Run it, with keys that have been written."""
     opened = Bundle.open(bundle)
     tokens, keys = settings["tokens"], settings["tokens"] * settings["chunks"]
     sizes = {"K": tokens, "L": tokens, "S": keys, "M": keys, "T": TEXT_TOKENS, "F": 1, "B": 1}
-    with Peaks() as peaks:
+    with PeakMemory(INTERVAL) as peaks:
         forms = [open_runner(opened, "block", form, THREADS) for form in ("fp32", "fp32-mha")]
         weights = opened.layer_weights("block", 0, "fp32")
         runner = forms[settings["fused"]]
@@ -195,9 +164,9 @@ def check_decoder(bundle: Path, settings: Mapping[str, Any]) -> Check:
     return Check(name, parts, libraries, measure("run-decoder", bundle, settings))
 
 
-def run_decoder(bundle: Path, settings: Mapping[str, Any]) -> Peaks:
+def run_decoder(bundle: Path, settings: Mapping[str, Any]) -> PeakMemory:
     """Decode zeros."""
-    with Peaks() as peaks:
+    with PeakMemory(INTERVAL) as peaks:
         decoder = VideoPipeline.from_bundle(bundle, THREADS).decoder
         shape = 16, settings["steps"], settings["height"], settings["width"]
         for _ in decoder.decode_steps(np.zeros(shape, np.float32)):

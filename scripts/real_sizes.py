@@ -12,60 +12,18 @@ import argparse
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
+from peak_memory import PeakMemory
 
 LATENT_HW = (544 // 8, 960 // 8)
 CHUNK_FRAMES = 5
 WINDOW_CHUNKS = 5
 TEXT_TOKENS = 512
 THREADS = 2
-
-
-class PeakMemory:
-    """Samples what this process holds, while the body of a `with` runs.
-
-    Attributes:
-        anonymous: Largest anonymous memory, in bytes.
-        seconds: Wall time.
-    """
-
-    def __enter__(self) -> "PeakMemory":
-        self.anonymous = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._start = time.perf_counter()
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self.anonymous = max(self.anonymous, anonymous_bytes())
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.seconds = time.perf_counter() - self._start
-
-    def __str__(self) -> str:
-        return f"{self.seconds:8.1f} s, peak anonymous {self.anonymous / 1e9:6.2f} GB"
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process now."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+INTERVAL = 0.02  # seconds between samples of memory
 
 
 def folder_bytes(folder: Path) -> int:
@@ -94,7 +52,7 @@ def export(model: str, whole: bool, target: Path) -> None:
     text_encoder = part(dict(UMT5_XXL), text_encoder_tensors) if whole else None
     vae = part(dict(WAN21_VAE), vae_tensors) if whole else None
     checkpoint = Checkpoint(Path(model), transformer, text_encoder, vae, None, None)
-    with PeakMemory() as memory:
+    with PeakMemory(INTERVAL) as memory:
         rows = export_bundle(checkpoint, target, overwrite=True)
     worst = max(row.share for row in rows)
     print(f"export {model}{' with umT5-xxl and the VAE' if whole else ', transformer'}: {memory}, ")
@@ -134,7 +92,7 @@ def run_chunk(transformer: object, layers: int, chunk: int, tokens: int, share: 
     x = rng.standard_normal((1, tokens, config.dim), np.float32)
     rows = np.arange(0, tokens, round(1 / share))
     modulation = rng.standard_normal((1, 6, config.dim), np.float32) * np.float32(0.1)
-    with PeakMemory() as memory:
+    with PeakMemory(INTERVAL) as memory:
         cache = KeyCache(config, (chunk + 1) * tokens)
         y = part.recompute(x, rows, modulation, angles, [text] * layers, cache, chunk * tokens)
     assert np.isfinite(y).all()

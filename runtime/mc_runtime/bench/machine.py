@@ -5,7 +5,7 @@ Neighbours: `latency_report` and `policy_report` put `describe_machine` beside t
 `bench`; without the latter, or without a GPU, nothing is said of one.
 """
 
-__all__ = ["Monitor", "describe_machine"]
+__all__ = ["Monitor", "describe_machine", "read_resident"]
 
 import importlib
 import os
@@ -180,7 +180,7 @@ class Monitor:
             self._take_rest(gpu)
 
     def _take_memory(self, gpu: _Gpu | None) -> None:
-        now = _read_resident()
+        now = read_resident()
         if now:
             now["total"] = sum(now.values())
         if gpu is not None and (used := gpu.memory()) is not None:
@@ -203,8 +203,12 @@ class Monitor:
         }
 
 
-def _read_resident() -> dict[str, int]:
-    """Resident bytes of this process by kind; of nothing where the system does not tell."""
+def read_resident() -> dict[str, int]:
+    """Read what this process holds in memory now.
+
+    Returns:
+        Bytes by kind: anonymous, mapped and shared; nothing where the system does not tell.
+    """
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -27,6 +27,7 @@ from mc_runtime.bench.memory_plan import (
     DTYPES,
     USABLE,
     MemoryPlan,
+    Plan,
     find_ways_to_fit,
     plan_memory,
 )
@@ -242,21 +243,17 @@ def _vanilla(plan: RunPlan, costs: EngineCosts, limits: Limits) -> dict[str, dic
 def _memory(model: Model, request: Request, prefix: int, device: Device) -> dict[str, Any]:
     """What has to lie in the device's memory, whether it fits, and what would make it fit."""
     options, dtype = request.options, request.dtype
-    host, plan_again = None, None
+    plan: Plan
     if request.device == THIS_CPU:
         plan_again = partial(plan_host, model, prefix=prefix)
-        plan: MemoryPlan | HostPlan = plan_again(options)
+        plan = held = plan_again(options)
+        parts = _host_parts(held)
     else:
-        plan = plan_memory(model, options, dtype, prefix=prefix)
+        plan_again = None
+        plan = planned = plan_memory(model, options, dtype, prefix=prefix)
+        parts = _device_parts(planned)
     fits = plan.fits(device)
-    if isinstance(plan, HostPlan):
-        parts, host = (
-            _host_parts(plan),
-            {"anonymous": {**plan.anonymous}, "mapped": {**plan.mapped}},
-        )
-    else:
-        parts = _device_parts(plan)
-    again = model, options, dtype, device, prefix
+    ways = [] if fits else find_ways_to_fit(model, options, dtype, device, prefix, plan_again)
     return {
         "capacity": device.memory,
         "usable_share": USABLE,
@@ -264,10 +261,7 @@ def _memory(model: Model, request: Request, prefix: int, device: Device) -> dict
         "fits": fits,
         "peak": plan.peak,
         **parts,
-        "host": host,
-        "ways_to_fit": []
-        if fits
-        else [asdict(way) for way in find_ways_to_fit(*again, plan_again)],
+        "ways_to_fit": [asdict(way) for way in ways],
     }
 
 
@@ -282,6 +276,7 @@ def _device_parts(plan: MemoryPlan) -> dict[str, Any]:
         "text_encoder": plan.text_encoder,
         "vae": plan.vae,
         "left_out": _list_left_out(plan),
+        "host": None,
     }
 
 
@@ -295,6 +290,7 @@ def _host_parts(plan: HostPlan) -> dict[str, Any]:
         "text_encoder": plan.encoding,
         "vae": held["decoder"] + held["frames"] if plan.decodes else None,
         "left_out": [*(part for part, known in told.items() if not known), "writing of the video"],
+        "host": {"anonymous": {**held}, "mapped": {**plan.mapped}},
     }
 
 
