@@ -1,6 +1,7 @@
 """What an arena keeps: by hand for small tapes, and the decoder read in three ways."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def test_a_hole_in_a_block_is_filled_by_what_fits_best() -> None:
     taken = zip("abcd", (4, 1, 2, 1), strict=True)
     tape = tape_of(*taken, ("a", None), ("c", None), ("e", 2))
     assert (tape.live, tape.block) == (8, 8)  # e in the hole of c, not in that of a
+
+
+def test_a_piece_is_split_where_it_is_twice_as_large() -> None:
+    """Of the first region, 1024 KiB, 400 are cut off and 500 lie behind them; freed, both join."""
+    first = tape_of(("x", 400 << 10), ("y", 500 << 10), ("x", None), ("y", None))
+    arena = Arena()
+    arena.run(first)
+    arena.run(tape_of(("z", 950 << 10), ("z", None)))
+    assert arena.resident == 950 << 10
 
 
 def test_outputs_and_what_a_kernel_takes_for_itself_are_not_in_the_block() -> None:
@@ -108,6 +118,13 @@ def test_the_plain_form_holds_scores_and_the_fused_one_keys_four_times() -> None
     assert plain == scores + (1600 + 320) * row + keys * row + 6 * 320 * row
     text = 2 * 24 * row  # keys and values of the prompt, laid out for the kernel
     assert fused == 4 * keys * row + 9 * 320 * row + text
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_wide_feed_forward_is_held_before_and_behind_gelu_and_in_it(fused: bool) -> None:
+    wide = replace(WINDOW, ffn_dim=100_000)
+    rows = 320 * 192 * 4  # the gate, what is added to, and the new keys and values
+    assert record_block(wide, 1600, fused).live == 3 * 320 * 100_000 * 4 + 4 * rows
 
 
 def test_more_steps_than_a_few_hold_no_more() -> None:
