@@ -20,8 +20,9 @@ from mc_runtime.bench.devices import DEVICES
 from mc_runtime.bench.predict import Efficiency
 from mc_runtime.bench.predicted_model import describe_model
 from mc_runtime.bench.roofline import EngineCosts, Limits, Schedule, predict_run
-from mc_runtime.flops import Job, published_causal_work, vanilla_work
+from mc_runtime.flops import Job, vanilla_work
 from mc_runtime.options import GenerationOptions
+from mc_runtime.published_flops import published_causal_work
 from mc_runtime.run_plan import plan_run
 
 GOAL = 0.25  # largest relative error

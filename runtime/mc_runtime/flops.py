@@ -1,9 +1,8 @@
 """Floating-point operations of a generation, counted from its sizes and decisions.
 
 `count_work` says what a run did; `vanilla_work` and `chunk_causal_work` say what it is compared
-with; `published_work` and `published_causal_work` count as the papers do, and
-`explain_difference` leads from there to ours. Neighbours: `plan_run` gives the
-schedule, a `DecisionTrace` what was decided.
+with. Neighbours: `plan_run` gives the schedule, a `DecisionTrace` what was decided;
+`published_flops` counts as the papers do.
 
 A multiply-add is two operations. What counts are the matrix products and convolutions of the
 transformer, as in torch's FlopCounterMode: no norm, activation, softmax or rotation. The modulation
@@ -13,14 +12,14 @@ Axes: L tokens of a chunk, T text tokens, C channels.
 """
 
 __all__ = [
+    "DueCounts",
     "Job",
     "ModelFlops",
     "Work",
+    "causal_blocks",
     "chunk_causal_work",
+    "count_due",
     "count_work",
-    "explain_difference",
-    "published_causal_work",
-    "published_work",
     "vanilla_work",
 ]
 
@@ -36,7 +35,6 @@ from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import StepMatrix
 from motioncache.trace import DecisionTrace, Mode
 
-PUBLISHED_TEXT_TOKENS = 512
 Count = TypeVar("Count", int, NDArray[Any])
 
 
@@ -55,6 +53,7 @@ class ModelFlops:
         key_dim: Channels of the keys, and of the values; None for C.
         ffn_matrices: Of the feed-forward: 2, or 3 where it is gated.
         text_matrices: Of the text projection: 2, or 1.
+        condition_dim: Channels of what each block makes its gates of; 0 where it makes none.
     """
 
     layers: int
@@ -67,6 +66,7 @@ class ModelFlops:
     key_dim: int | None = None
     ffn_matrices: int = 2
     text_matrices: int = 2
+    condition_dim: int = 0
 
     @classmethod
     def from_manifest(cls, config: Mapping[str, Any]) -> "ModelFlops":
@@ -80,6 +80,7 @@ class ModelFlops:
             **{name: width for name, width in widths.items() if width not in (0, config["dim"])},
             ffn_matrices=3 if config.get("gated_ffn") else 2,
             text_matrices=config.get("text_projection_layers", 2),
+            condition_dim=config.get("condition_dim", 0),
         )
 
     @classmethod
@@ -101,17 +102,16 @@ class ModelFlops:
 
     def text_projection(self, text: int) -> int:
         """Embedding of T text tokens to the transformer's width."""
-        return 2 * text * (self.text_dim + (self.text_matrices - 1) * self.dim) * self.dim
+        return 2 * text * self.text_weights
 
     def text_keys(self, text: int) -> int:
         """Keys and values of T text tokens, in all layers."""
-        return self.layers * 4 * text * self.dim * self._keys
+        return self.layers * 2 * text * self.context_weights
 
     def blocks(self, tokens: Count, keys: Count, text: Count) -> Count:
         """All blocks for some tokens that see `keys` keys, their own included, and T text ones."""
-        # q and out, of both attentions, k and v; feed-forward; scores and their use.
-        linear = self.dim * (4 * self._queries + 2 * self._keys) + self._feed_forward
-        work: Count = self.layers * tokens * (2 * linear + 4 * self._queries * (keys + text))
+        attention = 4 * self.query_width * (keys + text)  # scores, and their use
+        work: Count = self.layers * tokens * (2 * self._projections + attention)
         return work
 
     def head(self, tokens: int) -> int:
@@ -119,16 +119,36 @@ class ModelFlops:
         return 2 * tokens * self.dim * self.patch_out
 
     @property
-    def _queries(self) -> int:
+    def query_width(self) -> int:
+        """Channels of all heads of queries."""
         return self.query_dim or self.dim
 
     @property
-    def _keys(self) -> int:
+    def key_width(self) -> int:
+        """Channels of all heads of keys, and of those of values."""
         return self.key_dim or self.dim
 
     @property
-    def _feed_forward(self) -> int:
-        return self.ffn_matrices * self.dim * self.ffn_dim
+    def text_weights(self) -> int:
+        """Number of weights of the text projection, without its biases."""
+        return (self.text_dim + (self.text_matrices - 1) * self.dim) * self.dim
+
+    @property
+    def context_weights(self) -> int:
+        """Number of weights of a layer's keys and values of the text."""
+        return 2 * self.dim * self.key_width
+
+    @property
+    def block_weights(self) -> int:
+        """Number of weights of a block's matrices, those of its gates included."""
+        return self._projections + 2 * self.dim * self.condition_dim
+
+    @property
+    def _projections(self) -> int:
+        """Weights that every token meets in a block."""
+        # q and out, of both attentions, k and v; feed-forward.
+        feed_forward = self.ffn_matrices * self.dim * self.ffn_dim
+        return self.dim * (4 * self.query_width + 2 * self.key_width) + feed_forward
 
 
 @dataclass(frozen=True)
@@ -179,7 +199,7 @@ class Job:
         return cls(plan.shape.tokens, tuple(text_tokens), plan.matrices)
 
 
-class _Passes(NamedTuple):
+class DueCounts(NamedTuple):
     """How often each chunk is due, by its place in a window, of all windows; each (chunks,)."""
 
     rows: NDArray[np.int64]  # rows of the windows that have the chunk
@@ -188,14 +208,15 @@ class _Passes(NamedTuple):
     clean: NDArray[np.int64]  # windows in which rows follow that see it finished or given
 
 
-def _count_passes(job: Job) -> _Passes:
+def count_due(job: Job) -> DueCounts:
+    """Count how often each chunk of a job is due, whatever is made of it."""
     passes = np.zeros((4, max(matrix.step.shape[1] for matrix in job.matrices)), np.int64)
     for matrix in job.matrices:
         done = (matrix.step > 0) & ~matrix.update
         per_chunk = len(done), matrix.update.sum(0), done[:1].any(0), done.any(0)
         for counted, count in zip(passes, per_chunk, strict=True):
             counted[: done.shape[1]] += count
-    return _Passes(*passes)
+    return DueCounts(*passes)
 
 
 def count_work(flops: ModelFlops, trace: DecisionTrace, *, padded: bool) -> Work:
@@ -244,7 +265,7 @@ def chunk_causal_work(flops: ModelFlops, job: Job) -> Work:
     Returns:
         The operations, clean passes included.
     """
-    passes, branches = _count_passes(job), len(job.text_tokens)
+    passes, branches = count_due(job), len(job.text_tokens)
     forwards = passes.steps + passes.clean
     return _add_up(
         flops,
@@ -270,15 +291,25 @@ def _add_up(
         text_projection=sum(map(flops.text_projection, text_tokens)),
         text_keys=sum(map(flops.text_keys, text_tokens)),
         blocks=sum(
-            _blocks(flops, chunk_tokens, of_branch, text)
+            causal_blocks(flops, chunk_tokens, of_branch, text)
             for text, of_branch in zip(text_tokens, computed, strict=True)
         ),
         head=flops.head(headed),
     )
 
 
-def _blocks(flops: ModelFlops, chunk_tokens: int, computed: NDArray[Any], text: int) -> int:
-    """All blocks for the tokens computed of each chunk, which sees itself and those before it."""
+def causal_blocks(flops: ModelFlops, chunk_tokens: int, computed: NDArray[Any], text: int) -> int:
+    """Count all blocks for some tokens of each chunk, which sees itself and those before it.
+
+    Args:
+        flops: Of the model.
+        chunk_tokens: L.
+        computed: Tokens of each chunk of a window, all passes together; shape (chunks,).
+        text: T.
+
+    Returns:
+        The operations.
+    """
     keys = chunk_tokens * np.arange(1, len(computed) + 1)
     return sum(
         flops.blocks(tokens, visible, text)
@@ -318,79 +349,3 @@ def vanilla_work(flops: ModelFlops, job: Job) -> Work:
         ),
         head=flops.head(tokens),
     )
-
-
-def published_work(flops: ModelFlops, job: Job) -> Work:
-    """Count the uncached run as published: every chunk in every row, yet chunk-causal.
-
-    It is not what the uncached run computes, which is `vanilla_work`: there, a chunk sees the
-    whole window.
-
-    Args:
-        flops: Of the model.
-        job: Of the generation.
-
-    Returns:
-        The operations; a forward is blocks and the keys of 512 text tokens, nothing else.
-
-    Source:
-        113 PF for SkyReels-V2 in MotionCache; FlowCache 1fdfa57, its spreadsheet of FLOPs.
-    """
-    return _published(flops, job, _count_passes(job).rows)
-
-
-def published_causal_work(flops: ModelFlops, job: Job) -> Work:
-    """Count, in the published way, the published cached code when it skips nothing.
-
-    Chunks run only in the rows in which they take a step; a prefix once per window; there are no
-    clean passes.
-
-    Args:
-        flops: Of the model.
-        job: Of the generation.
-
-    Returns:
-        The operations; a forward is blocks and the keys of 512 text tokens, nothing else.
-
-    Source:
-        MotionCache a8d2a47, modules/transformer_motion.py.
-    """
-    passes = _count_passes(job)
-    return _published(flops, job, passes.steps + passes.prefix)
-
-
-def _published(flops: ModelFlops, job: Job, forwards: NDArray[np.int64]) -> Work:
-    branches, computed = len(job.text_tokens), job.chunk_tokens * forwards
-    return Work(
-        embed=0,
-        text_projection=0,
-        text_keys=branches * int(forwards.sum()) * flops.text_keys(PUBLISHED_TEXT_TOKENS),
-        blocks=branches * _blocks(flops, job.chunk_tokens, computed, PUBLISHED_TEXT_TOKENS),
-        head=0,
-    )
-
-
-def explain_difference(flops: ModelFlops, job: Job) -> dict[str, int]:
-    """Lead from the published count of the uncached run to ours of the policy `none`.
-
-    Args:
-        flops: Of the model.
-        job: Of the generation.
-
-    Returns:
-        Lines that add up to `chunk_causal_work` less `published_work`. The first alone leads to
-        `published_causal_work`.
-    """
-    ours, published = chunk_causal_work(flops, job), published_causal_work(flops, job)
-    passes = _count_passes(job)
-    finished = job.chunk_tokens * (passes.clean - passes.prefix)
-    clean = sum(_blocks(flops, job.chunk_tokens, finished, text) for text in job.text_tokens)
-    return {
-        "chunks that take no step": published.total - published_work(flops, job).total,
-        "text keys once per prompt": ours.text_keys - published.text_keys,
-        "clean passes of finished chunks": clean,
-        "length of the text": ours.blocks - clean - published.blocks,
-        "embed": ours.embed,
-        "text projection": ours.text_projection,
-        "head": ours.head,
-    }

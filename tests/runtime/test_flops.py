@@ -20,12 +20,14 @@ from mc_runtime.flops import (
     Work,
     chunk_causal_work,
     count_work,
-    explain_difference,
-    published_causal_work,
-    published_work,
     vanilla_work,
 )
 from mc_runtime.options import GenerationOptions
+from mc_runtime.published_flops import (
+    explain_difference,
+    published_causal_work,
+    published_work,
+)
 from mc_runtime.run_plan import plan_run
 from mc_runtime.schedule import plan_windows, step_matrix
 from motioncache.policy import RunShape

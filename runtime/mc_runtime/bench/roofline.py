@@ -64,7 +64,7 @@ class EngineCosts:
 
     Attributes:
         flops: Of the model.
-        slots: Of the key cache: tokens of a window.
+        slots: Of the key cache: tokens whose keys a branch keeps.
         weight_bytes: Of a weight.
         value_bytes: Of an activation, a key or a value.
     """
@@ -79,9 +79,8 @@ class EngineCosts:
         # The keys of a prompt are made layer by layer, each with weights that are gone when the
         # next is there. Those of the timesteps stay on the host.
         f = self.flops
-        ends = (f.patch_in + f.patch_out + f.text_dim + f.dim) * f.dim
-        block = 6 * f.dim**2 + 2 * f.dim * f.ffn_dim
-        return (layers * block + 2 * f.dim**2 + ends) * self.weight_bytes
+        ends = (f.patch_in + f.patch_out) * f.dim + f.text_weights
+        return (layers * f.block_weights + f.context_weights + ends) * self.weight_bytes
 
     def embed(self, tokens: int) -> Call:
         """Patches to tokens."""
@@ -92,17 +91,15 @@ class EngineCosts:
 
     def block(self, tokens: int, keys: int, text: int) -> Call:
         """One block for some tokens that see `keys` keys, their own included, and T text ones."""
-        f, row = self.flops, self.flops.dim * self.value_bytes
-        # q, k, v and out; q and out of the text's attention, whose keys are computed elsewhere.
-        weights = (6 * f.dim**2 + 2 * f.dim * f.ffn_dim) * self.weight_bytes
+        f, row = self.flops, self.flops.key_width * self.value_bytes
         joined, gathered = 2 * (self.slots + tokens) * row, 2 * keys * row
-        attention = 4 * tokens * f.dim * (keys + text)
+        attention = 4 * tokens * f.query_width * (keys + text)
         return Call(
             f.blocks(tokens, keys, text) // f.layers - attention,
             attention,
-            weights,
+            f.block_weights * self.weight_bytes,
             keys=2 * (keys + text) * row,
-            values=4 * tokens * row,
+            values=2 * tokens * (f.dim * self.value_bytes + row),
             copied=2 * self.slots * row + joined + 2 * gathered,
         )
 
@@ -121,11 +118,11 @@ class EngineCosts:
     def context(self, text: int) -> Call:
         """Projection of a prompt of T tokens, and its keys in one layer after the other."""
         f = self.flops
-        matrices = (f.text_dim + f.dim) * f.dim + 2 * f.layers * f.dim**2
+        matrices = f.text_weights + f.layers * f.context_weights
         return Call(
             f.text_projection(text) + f.text_keys(text),
             weights=matrices * self.weight_bytes,
-            keys=2 * f.layers * text * f.dim * self.value_bytes,
+            keys=2 * f.layers * text * f.key_width * self.value_bytes,
             values=text * (4 * f.text_dim + f.dim * self.value_bytes),
         )
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ OPTIONS = GenerationOptions(
     num_frames=29, height=32, width=48, num_inference_steps=4, ar_step=3,
     causal_block_size=2, base_num_frames=13, overlap_history=5,
 )  # fmt: skip
+MAGI_CASE = Path(__file__).parents[2] / "golden/magi-a"
 NO_LIMITS = Limits(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
@@ -94,8 +96,11 @@ def test_a_share_that_is_no_whole_number_of_tokens_is_rounded_up() -> None:
     ).items()
 
 
-def test_the_bytes_of_a_block_are_those_of_its_tensors(tiny_bundle) -> None:
-    bundle = Bundle.open(tiny_bundle)
+@pytest.mark.parametrize("family", ["skyreels", "magi"])
+def test_the_bytes_of_a_block_are_those_of_its_tensors(family, export, request) -> None:
+    made = {"skyreels": lambda: request.getfixturevalue("tiny_bundle")}
+    made["magi"] = lambda: export(MAGI_CASE, "magi")  # two heads of queries for each of keys
+    bundle = Bundle.open(made[family]())
     graph = bundle.graph("block", "fp32")
     config = bundle.manifest.config["transformer"]
     flops = ModelFlops.from_manifest(config)
