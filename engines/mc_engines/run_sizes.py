@@ -5,13 +5,31 @@ Neighbours: `mc-export --dry-run` prints it for a checkpoint, `mc-bench predict`
 Symbols: L tokens of a chunk, S tokens of a window, T text tokens, C channels, H heads.
 """
 
-__all__ = ["TEXT_TOKENS", "RunSizes", "WindowShape", "plan_run_sizes"]
+__all__ = ["TEXT_TOKENS", "Kept", "RunSizes", "WindowShape", "plan_run_sizes"]
 
 from dataclasses import dataclass
 
 from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES
 
 TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run keeps from pass to pass, in tokens.
+
+    Attributes:
+        keys: Of every branch, those whose keys and values it keeps at once.
+        texts: Of all texts.
+        reused: Those of which something is kept for reuse.
+        velocity: Channels of the velocity that they keep, in float32; 0 where they keep the
+            residual of the blocks, of C channels.
+    """
+
+    keys: tuple[int, ...]
+    texts: int
+    reused: int
+    velocity: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,9 +42,14 @@ class WindowShape:
         dim: C.
         ffn_dim: Inner channels of the feed-forward.
         chunk_tokens: L.
-        window_tokens: S.
+        window_tokens: S; the most that a pass sees.
         branches: Of guidance: 2, or 1 without it.
         text_tokens: T of a branch.
+        key_dim: Channels of the keys, and of the values; None for C.
+        query_dim: Channels of the queries; None for C.
+        queries: How many a token has at a time: 2 where the text is attended to beside the chunks.
+        ffn_matrices: Of the feed-forward: 2, or 3 where it is gated.
+        kept: What a run keeps; None for the whole window and T in every branch.
     """
 
     layers: int
@@ -37,6 +60,18 @@ class WindowShape:
     window_tokens: int
     branches: int = 2
     text_tokens: int = TEXT_TOKENS
+    key_dim: int | None = None
+    query_dim: int | None = None
+    queries: int = 1
+    ffn_matrices: int = 2
+    kept: Kept | None = None
+
+    @property
+    def keeps(self) -> Kept:
+        """What a run keeps."""
+        window, count = self.window_tokens, self.branches
+        whole = Kept((window,) * count, self.text_tokens * count, window * count)
+        return whole if self.kept is None else self.kept
 
 
 @dataclass(frozen=True)
@@ -44,14 +79,14 @@ class RunSizes:
     """Memory of a run, in bytes.
 
     Attributes:
-        kv_per_branch: Keys and values of a window, all layers, one guidance branch.
+        kv_per_branch: Keys and values that a branch keeps, all layers; of the one that keeps most.
         kv: Of all branches.
-        context: Keys and values of the text, all branches.
-        residual: Block output minus input of every token of a window, all branches.
+        context: Keys and values of the texts.
+        residual: Block output minus input of every token of a window, all branches; or velocities.
         weights: On the CPU the blocks', or one layer's, cast from the mapped file (0 where that is
             float32); on a device the whole transformer.
         qkv: Queries, keys and values of a whole chunk.
-        ffn: Inner values of the feed-forward of a whole chunk, before and after the GELU.
+        ffn: Inner values of the feed-forward of a whole chunk, before and after its nonlinearity.
         scores: Of the plain attention at the window's last chunk: H x L x S values.
         pass_plain: Activations of the largest pass, with the plain attention.
         pass_fused: Activations of the largest pass, with the fused attention.
@@ -89,24 +124,27 @@ def plan_run_sizes(
     Returns:
         The sizes.
     """
-    row = shape.dim * value_bytes
-    kv = 2 * shape.layers * shape.window_tokens * row
-    context = 2 * shape.layers * shape.text_tokens * row * shape.branches
-    residual = shape.window_tokens * row * shape.branches
+    row, key_row = (width * value_bytes for width in (shape.dim, shape.key_dim or shape.dim))
+    keeps = shape.keeps
+    slots, per_layer = max(keeps.keys), 2 * shape.layers * key_row
+    kv = sum(keeps.keys) * per_layer
+    context = keeps.texts * per_layer
+    residual = keeps.reused * (4 * keeps.velocity or row)
     rows = shape.chunk_tokens * row
-    qkv = 3 * rows
-    ffn = 2 * shape.chunk_tokens * shape.ffn_dim * value_bytes
+    query_row = (shape.query_dim or shape.dim) * value_bytes
+    qkv = shape.chunk_tokens * (shape.queries * query_row + 2 * key_row)
+    ffn = shape.ffn_matrices * shape.chunk_tokens * shape.ffn_dim * value_bytes
     scores = shape.heads * shape.chunk_tokens * shape.window_tokens * value_bytes
     # Keys and values: the cache joined with the new rows, and what is gathered from that. The
     # fused form lays the gathered ones out twice more, for its inputs and within its kernel.
-    joined = 2 * (shape.window_tokens + shape.chunk_tokens) * row
-    gathered = 2 * shape.window_tokens * row
+    joined = 2 * (slots + shape.chunk_tokens) * key_row
+    gathered = 2 * shape.window_tokens * key_row
     pass_plain = rows + max(qkv + joined + gathered + scores, ffn)
     pass_fused = rows + max(qkv + joined + 3 * gathered, ffn)
     largest = pass_fused if fused or scores > FUSED_ATTENTION_BYTES else pass_plain
     return RunSizes(
-        kv_per_branch=kv,
-        kv=kv * shape.branches,
+        kv_per_branch=slots * per_layer,
+        kv=kv,
         context=context,
         residual=residual,
         weights=weights,
@@ -116,5 +154,5 @@ def plan_run_sizes(
         pass_plain=pass_plain,
         pass_fused=pass_fused,
         decode=decode,
-        peak=kv * shape.branches + context + residual + weights + max(largest, decode),
+        peak=kv + context + residual + weights + max(largest, decode),
     )

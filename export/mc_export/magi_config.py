@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mc_engines.errors import CheckpointError
+from mc_engines.model_sizes import describe_magi
 from mc_export.checkpoint import load_finite
 from mc_export.magi import WAVES, BlockSizes
 from mc_export.tensor_source import Shape, TensorSource
@@ -145,24 +146,8 @@ def describe_transformer(config: Mapping[str, Any], tensors: TensorSource) -> di
     Raises:
         CheckpointError: The configuration is not one of MAGI-1; a frequency is not finite.
     """
-    c = MagiConfig.read(config)
-    return {
-        "layers": c.layers,
-        "dim": c.block.dim,
-        "heads": c.block.heads,
-        "key_heads": c.block.key_heads,
-        "head_dim": c.block.head_dim,
-        "ffn_dim": c.block.ffn_dim,
-        "gated_ffn": c.block.gated,
-        "text_dim": c.text_dim,
-        "text_projection_layers": 1,
-        "max_text_tokens": c.text_tokens,
-        "condition_dim": c.block.condition_dim,
-        "in_channels": c.latent_channels,
-        "out_channels": c.latent_channels,
-        "patch_size": [1, c.patch, c.patch],
-        "norm_eps": c.block.epsilon,
-        "distilled": c.distilled,
+    MagiConfig.read(config)  # which refuses other models
+    return describe_magi(config) | {
         "rope_bands": load_finite(tensors, "rope.bands").float().tolist(),
         "key_layout": "half_split",
         "token_buckets": list(TOKEN_BUCKETS),

@@ -6,12 +6,13 @@ make the graphs; `families` lists this adapter.
 
 __all__ = ["MAGI_FAMILY"]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
+from mc_engines.model_sizes import describe_magi_schedule
 from mc_export.checkpoint import Checkpoint, Part
 from mc_export.component import ComponentSource
 from mc_export.family import Family, Table, VideoSizes
@@ -53,22 +54,6 @@ _CONSEQUENCES = {
     SPECIAL_TOKENS_FILE: "prompts go without what asks for quality and says how much video is left",
 }
 _PARTS = "text_encoder", "tokenizer", "vae"
-# By name in the manifest, the key of the official configuration.
-_SCHEDULE = {
-    "num_inference_steps": "num_steps",
-    "chunk_frames": "chunk_width",
-    "window_chunks": "window_size",
-    "kv_ranges": "noise2clean_kvrange",
-    "clean_timestep": "clean_t",
-    "guidance_passes": "cfg_number",
-    "guidance_timesteps": "cfg_t_range",
-    "history_guidance_scales": "prev_chunk_scales",
-    "text_guidance_scales": "text_scales",
-    "nearly_clean_timestep": "distill_nearly_clean_chunk_threshold",
-    "shortcut_mode": "shortcut_mode",
-    "fps": "fps",
-    "temporal_factor": "temporal_downsample_factor",
-}
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Shape]]:
@@ -121,7 +106,7 @@ def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
     part, settings = checkpoint.transformer, checkpoint.scheduler or {}
     config = {
         "transformer": describe_transformer(part.config, part.tensors),
-        "schedule": _describe_schedule(settings),
+        "schedule": describe_magi_schedule(settings),
         "video": {
             "height": settings["video_size_h"],
             "width": settings["video_size_w"],
@@ -135,14 +120,6 @@ def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
         frames = settings["fps"] // TILES_PER_SECOND
         config["vae"] = describe_vae(vae.config, settings["scale_factor"], frames)
     return config
-
-
-def _describe_schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
-    schedule = {name: settings[key] for name, key in _SCHEDULE.items()}
-    clean = settings["clean_chunk_kvrange"]
-    ranges = settings["noise2clean_kvrange"]
-    last = ranges[-1] if ranges else None
-    return schedule | {"clean_kv_range": last if clean == -1 else clean}
 
 
 def _missing(checkpoint: Checkpoint) -> dict[str, str]:

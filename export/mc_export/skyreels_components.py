@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mc_engines.errors import CheckpointError
+from mc_engines.model_sizes import describe_skyreels
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
 from mc_export.filling import (
@@ -106,17 +107,7 @@ def describe_transformer(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     c = _Config.read(config)
     spatial = 2 * (c.head_dim // 6)
-    return {
-        "layers": c.layers,
-        "dim": c.dim,
-        "heads": c.heads,
-        "head_dim": c.head_dim,
-        "ffn_dim": c.ffn_dim,
-        "text_dim": c.text_dim,
-        "in_channels": c.in_channels,
-        "out_channels": c.out_channels,
-        "patch_size": list(c.patch_size),
-        "fps_embedding": c.fps_embedding,
+    return describe_skyreels(config) | {
         "rope_theta": ROPE_THETA,
         "rope_axes": [c.head_dim - 2 * spatial, spatial, spatial],
         "rope_max_positions": c.rope_max_positions,
