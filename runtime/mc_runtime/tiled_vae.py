@@ -11,8 +11,17 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/infra/parallelism/tile_parallel.py,
 and inference/pipeline/video_process.py.
 """
 
-__all__ = ["TiledDecoder", "TiledEncoder", "TiledVaeConfig", "open_decoder", "open_encoder"]
+__all__ = [
+    "DECODED",
+    "ENCODED",
+    "TiledDecoder",
+    "TiledEncoder",
+    "TiledVaeConfig",
+    "open_decoder",
+    "open_encoder",
+]
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.runner import Array, Arrays, Runner
-from mc_runtime.vae import VaeParts, VaeState, check_latents, to_pixels
+from mc_runtime.vae import Coding, VaeParts, VaeState, check_latents, to_pixels
 
 Pixels = NDArray[np.float32]
 Place = tuple[int, int]  # of a tile in its row and column
@@ -146,15 +155,22 @@ class TiledDecoder:
     def _decode(self, latents: Array) -> Pixels:
         """Decode latents (f, H, W, z) that follow one another in one tile."""
         tiles = cut_tiles(latents, self.config.tile[1:], self.config.overlap)
-        decoded = {
-            place: np.ascontiguousarray(
-                self.head.run({"x": x[None]})["frames"][0].transpose(1, 2, 3, 0), np.float32
-            )
-            for place, x in zip(tiles, self.stack.run(list(tiles.values())), strict=True)
-        }
+        decoded = dict(zip(tiles, self.decode_tiles(list(tiles.values())), strict=True))
         factor = self.config.spatial_factor
         stride = [(size - self.config.overlap) * factor for size in self.config.tile[1:]]
         return join_tiles(decoded, stride, self.config.overlap * factor)
+
+    def decode_tiles(self, tiles: Sequence[Array]) -> list[Pixels]:
+        """Decode tiles, which know nothing of each other.
+
+        Args:
+            tiles: As the autoencoder knows latents, each shape (f, h, w, z).
+
+        Returns:
+            Of each, frames that are not clipped yet, shape (frames, height, width, 3).
+        """
+        decoded = (self.head.run({"x": x[None]})["frames"][0] for x in self.stack.run(tiles))
+        return [np.ascontiguousarray(x.transpose(1, 2, 3, 0), np.float32) for x in decoded]
 
 
 @dataclass(frozen=True)
@@ -213,13 +229,24 @@ class TiledEncoder:
     def _encode(self, patches: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode patches (f, H, W, pixels) that follow one another in one tile."""
         tiles = cut_tiles(patches, self.config.tile[1:], self.config.overlap)
-        pixels = [to_pixels(tile) for tile in tiles.values()]
-        encoded = {}
-        for place, x in zip(tiles, self.stack.run(pixels), strict=True):
-            latents = self.head.run({"x": x.reshape(1, -1, x.shape[-1])})["latents"]
-            encoded[place] = latents.reshape(*x.shape[:3], -1)
+        encoded = dict(zip(tiles, self.encode_tiles(list(tiles.values())), strict=True))
         stride = [size - self.config.overlap for size in self.config.tile[1:]]
         return join_tiles(encoded, stride, self.config.overlap, blended=True)
+
+    def encode_tiles(self, tiles: Sequence[NDArray[np.uint8]]) -> list[Array]:
+        """Encode tiles, which know nothing of each other.
+
+        Args:
+            tiles: Patches of pixels, each shape (f, h, w, pixels).
+
+        Returns:
+            Of each, latents as the autoencoder knows them, shape (f, h, w, z).
+        """
+        encoded = []
+        for x in self.stack.run([to_pixels(tile) for tile in tiles]):
+            latents = self.head.run({"x": x.reshape(1, -1, x.shape[-1])})["latents"]
+            encoded.append(latents.reshape(*x.shape[:3], -1))
+        return encoded
 
 
 def open_decoder(parts: VaeParts) -> TiledDecoder:
@@ -242,6 +269,30 @@ def _open(half: str, parts: VaeParts) -> tuple[TokenStack, Runner, TiledVaeConfi
     positions = parts.tensors("weights/vae_positions.safetensors")[half]
     stack = TokenStack(embed, block, weights, config.layers, positions, config.positions)
     return stack, head, config
+
+
+def _tile_shape(
+    config: TiledVaeConfig, size: tuple[int, int], channels: int
+) -> tuple[int, int, int, int]:
+    """A tile at the corner of a picture of h and w latents."""
+    frames, height, width = config.tile
+    return frames, min(height, size[0]), min(width, size[1]), channels
+
+
+def _prepare_decoder(decoder: TiledDecoder, size: tuple[int, int]) -> tuple[int, Callable[[], Any]]:
+    shape = _tile_shape(decoder.config, size, decoder.config.z_dim)
+    tile = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return math.prod(shape[:3]), partial(decoder.decode_tiles, [tile])
+
+
+def _prepare_encoder(encoder: TiledEncoder, size: tuple[int, int]) -> tuple[int, Callable[[], Any]]:
+    shape = _tile_shape(encoder.config, size, 3 * math.prod(encoder.config.patch))
+    tile = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return math.prod(shape[:3]), partial(encoder.encode_tiles, [tile])
+
+
+DECODED = Coding("vae_decoder_block", "a tile", _prepare_decoder)
+ENCODED = Coding("vae_encoder_block", "a tile", _prepare_encoder)
 
 
 def resize_grid(grid: Array, sizes: Sequence[int]) -> Array:

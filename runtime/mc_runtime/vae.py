@@ -10,6 +10,9 @@ which the normalisation and the rounding are taken.
 """
 
 __all__ = [
+    "DECODED",
+    "ENCODED",
+    "Coding",
     "Decoder",
     "Encoder",
     "VaeConfig",
@@ -24,8 +27,10 @@ __all__ = [
     "to_uint8",
 ]
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -97,6 +102,22 @@ class Encoder(Protocol):
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Give the latents of a video, shape (z, F, h, w), as the transformer knows them."""
         ...
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What an autoencoder codes at a time, for those who time it.
+
+    Attributes:
+        component: The engine that takes most of it.
+        name: Of what is coded.
+        prepare: From a decoder or an encoder, and height and width of a latent frame, to how many
+            latents are coded and the call that does it.
+    """
+
+    component: str
+    name: str
+    prepare: Callable[[Any, tuple[int, int]], tuple[int, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,27 @@ def open_encoder(parts: VaeParts) -> VaeEncoder:
 def _open(half: str, parts: VaeParts) -> tuple[Runner, Runner, VaeConfig]:
     first, later = (parts.open(f"vae_{half}_{step}", "fp32") for step in ("first", "next"))
     return first, later, VaeConfig(**parts.config)
+
+
+def _prepare_decoder(decoder: VaeDecoder, size: tuple[int, int]) -> tuple[int, Callable[[], Any]]:
+    """A later step, with the state of the one before."""
+    shape = decoder.config.z_dim, 1, *size
+    latents = np.random.default_rng(0).standard_normal(shape, np.float32)
+    _, state = decoder.decode(latents)
+    return math.prod(size), partial(decoder.decode, latents, state)
+
+
+def _prepare_encoder(encoder: VaeEncoder, size: tuple[int, int]) -> tuple[int, Callable[[], Any]]:
+    """The first and a later step, of which only both together can be called."""
+    config = encoder.config
+    height, width = (config.spatial_factor * side for side in size)
+    shape = 1 + config.temporal_factor, height, width, 3
+    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return 2 * math.prod(size), partial(encoder.encode, frames)
+
+
+DECODED = Coding("vae_decoder_next", "a latent frame", _prepare_decoder)
+ENCODED = Coding("vae_encoder_next", "a video of two latent frames", _prepare_encoder)
 
 
 def check_latents(latents: NDArray[np.float32], z_dim: int) -> None:

@@ -155,10 +155,9 @@ def run_latency(
     """
     values = {**values, **_count_samples(values, given)}
     opened = Bundle.open(bundle)
-    check_components(opened.manifest.config, values["component"])
     backends = [open_backend(opened, name, values, options) for name in values["backends"]]
-    if values["engines"]:
-        backends[0].pipeline.family.require("mc-bench run --engines")
+    family, config = backends[0].pipeline.family, opened.manifest.config
+    check_components(family, config, values["component"])
     settings = options(backends[0].pipeline)
     measured, device = Measured(), values["device"] or 0
     note = _note_once(measured, quiet)

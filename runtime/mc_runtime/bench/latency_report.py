@@ -33,7 +33,7 @@ from motioncache import Policy
 SCHEMA = "motioncache.latency/v1"
 _METHOD = (
     "Times are wall times of calls that wait for their result. A pass is embed, blocks and head of "
-    "a chunk for one guidance branch.",
+    "a chunk for one guidance branch, with the longest prompt.",
     "Operations are those of matrix products, bytes those that have to be moved; of text encoder "
     "and VAE neither is counted.",
     "The first chunk counts from the call with the prompt to its frames; loading comes before. "

@@ -20,7 +20,7 @@ __all__ = [
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,24 +31,18 @@ from mc_engines.runner import Array
 from mc_runtime.bench.backends import Backend
 from mc_runtime.bench.reference import time_kernel
 from mc_runtime.bench.roofline import Call, EngineCosts
+from mc_runtime.families.family import Family, Place, Rehearsal
 from mc_runtime.flops import ModelFlops
-from mc_runtime.options import GenerationOptions
 from mc_runtime.passes import Passes
-from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.rope import chunk_tables
+from mc_runtime.run_plan import RunPlan
 from mc_runtime.text import encode_prompt
+from mc_runtime.vae import Coding
 
 SHARES = 1.0, 0.75, 0.5, 0.4, 0.25, 0.1
 WARMUP_ROUNDS = 2
 KERNEL_SIZE = 256  # of the reference kernel: short beside a pass
-_TIMESTEP, _FPS = 500, 24
 _MILLISECONDS = 1e3
-# What is timed by the part of the bundle that it is of.
-_COMPONENTS = {
-    "transformer": ("block", "head", "context"),
-    "text_encoder": ("text_layer",),
-    "vae": ("vae_decoder_next", "vae_encoder_next"),
-}
 
 
 @dataclass(frozen=True)
@@ -99,11 +93,14 @@ class Sweep:
     warmup: dict[int, list[Timed]] = field(default_factory=dict)
 
 
-def check_components(config: Mapping[str, Any], asked: Sequence[str]) -> tuple[str, ...]:
+def check_components(
+    family: Family, config: Mapping[str, Any], asked: Sequence[str]
+) -> tuple[str, ...]:
     """Choose the components that are timed, before anything is opened.
 
     Args:
-        config: Of the bundle's manifest.
+        family: Of the bundle.
+        config: Of its manifest.
         asked: Names; none: everything that the bundle has.
 
     Returns:
@@ -112,7 +109,12 @@ def check_components(config: Mapping[str, Any], asked: Sequence[str]) -> tuple[s
     Raises:
         ValueError: One that the bundle lacks, or that is not timed.
     """
-    known = [name for part, names in _COMPONENTS.items() if part in config for name in names]
+    parts = {
+        "transformer": ("block", _reused_by(family), "context"),
+        "text_encoder": ("text_layer",),
+        "vae": (family.decoded.component, family.encoded.component),
+    }
+    known = [name for part, names in parts.items() if part in config for name in names]
     unknown = [name for name in asked if name not in known]
     if unknown:
         raise ValueError(
@@ -122,51 +124,55 @@ def check_components(config: Mapping[str, Any], asked: Sequence[str]) -> tuple[s
     return tuple(asked or known)
 
 
-def list_cases(
-    backend: Backend, options: GenerationOptions, components: Sequence[str] = ()
-) -> list[Case]:
+def _reused_by(family: Family) -> str:
+    """The engine that takes most of a chunk that is reused as a whole."""
+    return "embed" if family.keeps_velocity else "head"
+
+
+def list_cases(backend: Backend, options: Any, components: Sequence[str] = ()) -> list[Case]:
     """Make every call that is timed of some components, and open what they need and no more.
 
     Args:
         backend: What runs them.
-        options: Size of the video and of its chunks.
+        options: Of the bundle's family: size of the video, and what its passes depend on.
         components: As for `check_components`.
 
     Returns:
         Passes of the transformer at every place of a window, and with a share of the tokens at the
-        last; a reuse step; the keys of a prompt; the text encoder; a step of the VAE's decoder, two
-        of its encoder.
+        one that sees most; a reuse step; the keys of a prompt; the text encoder; what the VAE's
+        decoder and encoder code at a time.
 
     Raises:
         ValueError: A size that cannot be generated, or a component that the bundle lacks.
     """
-    config = backend.pipeline.bundle.manifest.config
-    wanted = check_components(config, components)
-    text_tokens = config.get("text_encoder", {}).get("max_tokens", TEXT_TOKENS)
+    pipeline = backend.pipeline
+    family, config = pipeline.family, pipeline.bundle.manifest.config
+    wanted = check_components(family, config, components)
     cases: list[Case] = []
-    if {"block", "head", "context"} & {*wanted}:
-        cases += _transformer_cases(backend, options, text_tokens, wanted)
+    if {"block", _reused_by(family), "context"} & {*wanted}:
+        cases += _transformer_cases(backend, options, wanted)
     if "text_layer" in wanted:
-        cases.append(_text_case(backend, text_tokens))
-    makers = {"vae_decoder_next": _decoder_case, "vae_encoder_next": _encoder_case}
-    cases += [make(backend, options) for name, make in makers.items() if name in wanted]
+        cases.append(_text_case(backend, config["text_encoder"]["max_tokens"]))
+    if family.decoded.component in wanted:
+        cases.append(_coding_case(backend, options, "decoder", family.decoded))
+    if family.encoded.component in wanted:
+        cases.append(_coding_case(backend, options, "encoder", family.encoded))
     return cases
 
 
-def _transformer_cases(
-    backend: Backend, options: GenerationOptions, text_tokens: int, wanted: Sequence[str]
-) -> Iterator[Case]:
-    """Passes, which share a window, and the keys of a prompt, which need none."""
-    passes, plan = backend.pipeline.passes, backend.pipeline.plan(options)
-    chunks = plan.shape.active.shape[1]
-    size = backend.value_bytes
-    flops = ModelFlops.from_manifest(backend.pipeline.bundle.manifest.config["transformer"])
-    costs = EngineCosts(flops, plan.shape.tokens * chunks, size, size)
+def _transformer_cases(backend: Backend, options: Any, wanted: Sequence[str]) -> Iterator[Case]:
+    """Passes, and the keys of a prompt, which need none."""
+    pipeline = backend.pipeline
+    passes, plan = pipeline.passes, pipeline.plan(options)
+    config, size = pipeline.bundle.manifest.config, backend.value_bytes
+    costs = EngineCosts(ModelFlops.from_manifest(config["transformer"]), 0, size, size)
+    text_tokens = _most_text_tokens(config)
     shape = 1, text_tokens, passes.config.text_dim
     embedding = np.random.default_rng(0).standard_normal(shape, np.float32)
-    if {"block", "head"} & {*wanted}:
-        window = _Window(passes, options, plan.token_grid, chunks, embedding)
-        cases = _pass_cases(window, chunks, costs, text_tokens, backend.on_gpu)
+    if {"block", _reused_by(pipeline.family)} & {*wanted}:
+        rehearsal = pipeline.family.rehearse(passes, options, plan, config)
+        window = _Window(passes, rehearsal, plan, embedding)
+        cases = _pass_cases(window, backend, costs, text_tokens)
         yield from (case for case in cases if case.component in wanted)
     if "context" in wanted:
         yield Case(
@@ -179,65 +185,72 @@ def _transformer_cases(
         )
 
 
+def _most_text_tokens(config: Mapping[str, Any]) -> int:
+    """T of the longest prompt that the transformer sees."""
+    most = config["transformer"].get("max_text_tokens")
+    return int(most or config.get("text_encoder", {}).get("max_tokens", TEXT_TOKENS))
+
+
 def _pass_cases(
-    window: "_Window", chunks: int, costs: EngineCosts, text_tokens: int, on_gpu: bool
+    window: "_Window", backend: Backend, costs: EngineCosts, text_tokens: int
 ) -> Iterator[Case]:
-    length, last = window.length, chunks - 1
+    length, family = window.length, backend.pipeline.family
 
-    def price(tokens: int, chunk: int) -> Call:
-        blocks = costs.block(tokens, (chunk + 1) * length, text_tokens).times(costs.flops.layers)
-        ends = costs.combine(length, tokens) + costs.embed(length) + costs.head(length)
-        return (blocks if tokens else Call()) + ends
+    def price(tokens: int, place: Place) -> Call:
+        engines = replace(costs, slots=place.kept * length)
+        cost = engines.embed(length)
+        if tokens:
+            keys = len(place.seen) * length
+            cost += engines.block(tokens, keys, text_tokens).times(engines.flops.layers)
+        if family.keeps_velocity:
+            return cost + engines.head(tokens) if tokens else cost
+        return cost + engines.combine(length, tokens) + engines.head(length)
 
-    def case(name: str, chunk: int, tokens: int) -> Case:
+    def case(name: str, place: Place, tokens: int) -> Case:
         rows = np.linspace(0, length - 1, tokens).round().astype(np.intp)
         padded = window.passes.bucket(tokens, length)
         return Case(
             name,
-            "block" if tokens else "head",
-            partial(window.compute, chunk, rows),
+            "block" if tokens else _reused_by(family),
+            partial(window.compute, place, rows),
             padded,
-            (chunk + 1) * length,
-            price(padded, chunk),
-            on_gpu,
+            len(place.seen) * length,
+            price(padded, place),
+            backend.on_gpu,
         )
 
-    for chunk in range(chunks):
-        yield case(f"full pass, chunk {chunk + 1}", chunk, length)
+    for place in window.places:
+        yield case(f"full pass, {place.name}", place, length)
+    most = max(window.places, key=lambda place: len(place.seen))
     for share in SHARES[1:]:
-        yield case(f"{share:.0%} of the tokens, chunk {chunks}", last, math.ceil(share * length))
-    yield case("reuse step", last, 0)
+        yield case(f"{share:.0%} of the tokens, {most.name}", most, math.ceil(share * length))
+    yield case("reuse step", most, 0)
 
 
 class _Window:
-    """A branch whose every chunk has been computed once, so that any pass can be made again."""
+    """Branches in which all that is seen was computed, so that any pass can be made again."""
 
     def __init__(
-        self,
-        passes: Passes,
-        options: GenerationOptions,
-        grid: tuple[int, int],
-        chunks: int,
-        embedding: Array,
+        self, passes: Passes, rehearsal: Rehearsal, plan: RunPlan, embedding: Array
     ) -> None:
-        self.passes, config = passes, passes.config
-        frames = options.causal_block_size
-        self.length = frames * math.prod(grid)
-        timesteps = np.array([_TIMESTEP])
-        self.conditions = passes.encode_timesteps(timesteps, _FPS)
-        patch = config.in_channels * math.prod(config.patch_size)
-        shape = 1, self.length, patch
-        self.patches = np.random.default_rng(1).standard_normal(shape, np.float32)
-        angles = chunk_tables(config.rope, chunks, frames, grid)
-        self.branch = passes.open_branch(passes.encode_context(embedding), angles)
-        for chunk in range(chunks):
-            self.compute(chunk, np.arange(self.length))
+        self.passes, self.places, self._make = passes, rehearsal.places, rehearsal.make
+        self.length, config = plan.shape.tokens, passes.config
+        shape = 1, self.length, config.in_channels * math.prod(config.patch_size)
+        self._patches = np.random.default_rng(1).standard_normal(shape, np.float32)
+        chunks, frames = plan.shape.active.shape[1], plan.shape.frames
+        angles = chunk_tables(config.rope, chunks, frames, plan.token_grid)
+        context = passes.encode_context(embedding)
+        self._branches = {
+            kept: passes.open_branch(context, angles, kept)
+            for kept in {place.kept for place in self.places}
+        }
+        for kept, chunk in sorted({(p.kept, chunk) for p in self.places for chunk in p.seen}):
+            self.compute(Place("", chunk, [chunk], kept), np.arange(self.length))
 
-    def compute(self, chunk: int, rows: Array) -> None:
-        """Make a pass as a step does: embed, blocks for these rows, head, velocity to the host."""
-        x = self.passes.embed(self.patches)
-        out = self.passes.evaluate(self.branch, chunk, x, rows, self.conditions.modulation[:1])
-        self.passes.read(out, self.conditions.head_modulation[:1])
+    def compute(self, place: Place, rows: Array) -> None:
+        """Make a pass as a step does: from patches on the host to velocity there."""
+        x = self.passes.embed(self._patches)
+        self._make(self._branches[place.kept], place, x, rows)
 
 
 def _text_case(backend: Backend, tokens: int) -> Case:
@@ -246,40 +259,14 @@ def _text_case(backend: Backend, tokens: int) -> Case:
     return Case("text encoder", "text_layer", run, tokens, on_gpu=backend.on_gpu)
 
 
-def _latent_size(pipeline: VideoPipeline, options: GenerationOptions) -> tuple[int, int]:
+def _coding_case(backend: Backend, options: Any, half: str, coding: Coding) -> Case:
+    """What half of the VAE, `decoder` or `encoder`, codes at a time."""
+    pipeline = backend.pipeline
     factor = pipeline.grid.spatial_factor
-    return options.height // factor, options.width // factor
-
-
-def _decoder_case(backend: Backend, options: GenerationOptions) -> Case:
-    """A later step of the decoder, with the state of the one before."""
-    pipeline = backend.pipeline
-    size = _latent_size(pipeline, options)
-    channels = pipeline.bundle.manifest.config["vae"]["z_dim"]
-    latents = np.random.default_rng(0).standard_normal((channels, 1, *size), np.float32)
-    decoder = pipeline.decoder
-    _, state = decoder.decode(latents)
-    return Case(
-        "VAE decoder, a latent frame",
-        "vae_decoder_next",
-        lambda: decoder.decode(latents, state),
-        math.prod(size),
-        on_gpu=backend.on_gpu,
-    )
-
-
-def _encoder_case(backend: Backend, options: GenerationOptions) -> Case:
-    """The first and a later step of the encoder, of which only both together can be called."""
-    pipeline = backend.pipeline
-    shape = 1 + pipeline.grid.temporal_factor, options.height, options.width, 3
-    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return Case(
-        "VAE encoder, a video of two latent frames",
-        "vae_encoder_next",
-        partial(pipeline.encoder.encode, frames),
-        2 * math.prod(_latent_size(pipeline, options)),
-        on_gpu=backend.on_gpu,
-    )
+    size = options.height // factor, options.width // factor
+    tokens, run = coding.prepare(getattr(pipeline, half), size)
+    name = f"VAE {half}, {coding.name}"
+    return Case(name, coding.component, run, tokens, on_gpu=backend.on_gpu)
 
 
 def take_rounds(

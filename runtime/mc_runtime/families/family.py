@@ -3,24 +3,25 @@
 Neighbours: `registry` has the families; `VideoPipeline` and `generate_chunks` ask them.
 """
 
-__all__ = ["ENGINES", "Family", "Prompts", "Run"]
+__all__ = ["ENGINES", "Family", "Place", "Prompts", "Rehearsal", "Run"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mc_runtime import vae
 from mc_runtime.denoise import Steps, Window
 from mc_runtime.flops import ModelFlops, Work
 from mc_runtime.inputs import Inputs, NamedText, Prompt
-from mc_runtime.passes import Passes
+from mc_runtime.passes import Passes, Values
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid
 from mc_runtime.schedule import Window as WindowPlan
 from mc_runtime.text import clean_prompt
-from mc_runtime.vae import Decoder, Encoder, VaeParts
+from mc_runtime.vae import Coding, Decoder, Encoder, VaeParts
 from motioncache import Policy
 
 ENGINES = "engines on a GPU"
@@ -33,6 +34,37 @@ class Run(Protocol):
     def open_window(self, window: Window, cut: WindowPlan) -> Steps:
         """Begin a window: give the steps that are taken in it."""
         ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a pass is made.
+
+    Attributes:
+        name: For tables.
+        chunk: Position in the window.
+        seen: Chunks whose keys the pass sees, its own included.
+        kept: Chunks whose keys its branch keeps at once.
+    """
+
+    name: str
+    chunk: int
+    seen: Sequence[int]
+    kept: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The passes of a run one by one, in any order and again and again, for those who time them.
+
+    Attributes:
+        places: Where passes differ in what they see.
+        make: Makes a pass, from its branch, its place, the embedded chunk and the rows that are
+            computed anew; none of them is what is left of it where a chunk is reused as a whole.
+    """
+
+    places: Sequence[Place]
+    make: Callable[[Any, Place, Values, NDArray[np.intp]], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,11 @@ class Family:
         tables: Of the bundle, that a run takes besides the texts.
         describe: What a trace has to say of a run, for those who count its work (`count_work`).
         start: Begins a run, with a policy that has accepted its shape.
+        rehearse: From what computes passes, options, the plan of a run and config to its passes.
+        keeps_velocity: Whether a reused token keeps its velocity, so that the head runs for those
+            that are recomputed alone; else it keeps the residual of the blocks.
+        decoded: What the decoder codes at a time.
+        encoded: What the encoder does.
     """
 
     name: str
@@ -76,12 +113,16 @@ class Family:
     prompts: Prompts
     describe: Callable[[Inputs, RunPlan], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
+    rehearse: Callable[[Passes, Any, RunPlan, Mapping[str, Any]], Rehearsal]
+    keeps_velocity: bool = False
     vanilla: Callable[[ModelFlops, RunPlan, Sequence[int]], Work] | None = None
     tables: tuple[str, ...] = ()
     clean: Callable[[str], str] = clean_prompt
     pads_text: bool = True
     open_decoder: Callable[[VaeParts], Decoder] = vae.open_decoder
     open_encoder: Callable[[VaeParts], Encoder] = vae.open_encoder
+    decoded: Coding = vae.DECODED
+    encoded: Coding = vae.ENCODED
     not_yet: tuple[str, ...] = ()
 
     def require(self, what: str) -> None:

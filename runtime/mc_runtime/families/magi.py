@@ -16,6 +16,7 @@ __all__ = [
     "pick_prompts",
     "plan",
     "read_grid",
+    "rehearse",
     "start",
 ]
 
@@ -25,12 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_runtime.families.family import Place, Rehearsal
 from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
 from mc_runtime.families.magi_steps import MagiRun, MagiTexts
 from mc_runtime.families.magi_work import describe_work
 from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
 from mc_runtime.option_values import check_values
-from mc_runtime.passes import Passes
+from mc_runtime.passes import Passes, Values, View
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid, Window, check_multiple, step_matrix
 from motioncache import Policy, RunShape
@@ -161,6 +163,41 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Magi
         [_modulate(passes, schedule, null_row) for null_row in (0, 1)],
         plan.shape.active.shape[1],
     )
+
+
+def rehearse(
+    passes: Passes, options: MagiOptions, plan: RunPlan, config: Mapping[str, Any]
+) -> Rehearsal:
+    """Give the passes of a full window, each chunk in its stage; see `Family.rehearse`."""
+    schedule = MagiSchedule.from_manifest(config, options)
+    modulation = _modulate(passes, schedule, null_row=1)[:1]
+
+    def make(branch: Any, place: Place, x: Values, rows: NDArray[np.intp]) -> None:
+        passes.to_host(x)  # where a step measures how far its latents have moved
+        if len(rows):
+            view = View(place.seen)
+            out = passes.recompute(branch, place.chunk, x, rows, modulation, view)
+            passes.read(out, np.zeros((1, 0), np.float32))
+
+    return Rehearsal(_list_places(schedule, plan), make)
+
+
+def _list_places(schedule: MagiSchedule, plan: RunPlan) -> list[Place]:
+    """Chunks of the last row in which most are active, and one that sees itself alone."""
+    active = plan.shape.active
+    counts, chunks = active.sum(axis=1), active.shape[1]
+    row = int(np.flatnonzero(counts == counts.max())[-1])
+    steps, kept = plan.matrices[0].step[row] - 1, schedule.kept_chunks(chunks, 0)
+    places = []
+    for chunk in np.flatnonzero(active[row]).tolist():
+        step = int(steps[chunk])
+        name = f"chunk {chunk + 1}, stage {step // schedule.stage_steps + 1}"
+        places.append(Place(name, chunk, schedule.visible(chunk, step), kept))
+    if any(branch.alone for branch in schedule.branches):
+        last = places[-1].chunk
+        name = f"chunk {last + 1}, itself alone"
+        places.append(Place(name, last, [last], schedule.window_chunks))
+    return places
 
 
 def _count_captions(plan: RunPlan, special: Embedding) -> int:

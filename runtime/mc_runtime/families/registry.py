@@ -19,6 +19,7 @@ _SKYREELS = Family(
     prompts=skyreels.pick_prompts,
     describe=skyreels.describe,
     start=skyreels.start,
+    rehearse=skyreels.rehearse,
     vanilla=skyreels.count_vanilla,
 )
 _MAGI = Family(
@@ -33,16 +34,19 @@ _MAGI = Family(
     prompts=magi.pick_prompts,
     describe=magi.describe,
     start=magi.start,
+    rehearse=magi.rehearse,
+    keeps_velocity=True,
     tables=("null_text", "special_tokens"),
     clean=clean_caption,
     pads_text=False,
     open_decoder=tiled_vae.open_decoder,
     open_encoder=tiled_vae.open_encoder,
+    decoded=tiled_vae.DECODED,
+    encoded=tiled_vae.ENCODED,
     not_yet=(
         ENGINES,
         "mc-calibrate",
         "mc-bench predict",
-        "mc-bench run --engines",
         "mc-bench run --baseline diffusers",
     ),
 )

@@ -19,6 +19,7 @@ __all__ = [
     "pick_prompts",
     "plan",
     "read_grid",
+    "rehearse",
     "start",
 ]
 
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from mc_runtime.decisions import Decisions
 from mc_runtime.denoise import Window
+from mc_runtime.families.family import Place, Rehearsal
 from mc_runtime.flops import Job, ModelFlops, Work, vanilla_work
 from mc_runtime.inputs import Inputs, NamedText, Prompt, pick_texts
 from mc_runtime.latent_motion import measure_latent_motion
@@ -53,6 +55,7 @@ from mc_runtime.transformer import Conditions
 from motioncache import DistanceTable, Mode, Plan, Policy
 
 CLEAN_TIMESTEP = 0
+_REHEARSED = 500  # timestep; what a pass computes is the same at any
 Latents = NDArray[np.float32]
 
 
@@ -183,6 +186,23 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Skyr
         DistanceTable.from_modulation(conditions.modulation[: len(table.timesteps)]),
         [{} for _ in inputs.embeddings],
     )
+
+
+def rehearse(
+    passes: Passes, options: GenerationOptions, plan: RunPlan, config: Mapping[str, Any]
+) -> Rehearsal:
+    """Give the passes of a run at every place of a window; see `Family.rehearse`."""
+    conditions = passes.encode_timesteps(np.array([_REHEARSED]), options.fps)
+    chunks = plan.shape.active.shape[1]
+
+    def make(branch: Any, place: Place, x: Values, rows: NDArray[np.intp]) -> None:
+        out = passes.evaluate(branch, place.chunk, x, rows, conditions.modulation)
+        passes.read(out, conditions.head_modulation)
+
+    places = [
+        Place(f"chunk {chunk + 1}", chunk, range(chunk + 1), chunks) for chunk in range(chunks)
+    ]
+    return Rehearsal(places, make)
 
 
 def _show_prefix(options: GenerationOptions, prefix: Latents, number: int) -> Latents:
