@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 
 from mc_runtime.bench.latency_report import SCHEMA
-from mc_runtime.bench.reference import QUIET_SPREAD, kernel_by_round, spread_by_round
+from mc_runtime.bench.reference import (
+    LEAST_QUIET,
+    QUIET_SPREAD,
+    find_quiet_rounds,
+    is_busy,
+    kernel_by_round,
+)
 from mc_runtime.bench.samples import Change, compare_samples, confidence
 from mc_runtime.bench.schemas import find_fault
 from mc_runtime.input_file import read_json
@@ -75,11 +81,11 @@ class _Entry:
     """Something that was measured.
 
     Attributes:
-        samples: Milliseconds, one per round.
+        samples: Milliseconds, one per quiet round; of every round where the kernel was not timed.
         kernel: Median of the reference kernel's milliseconds in each of these rounds; None where it
             was not timed, beside a GPU.
         median: Of the samples.
-        busy: Whether the kernel varied too much in this part of the report.
+        busy: Whether too few rounds of this part of the report were quiet.
     """
 
     samples: Sequence[float]
@@ -118,9 +124,9 @@ def compare_reports(
     """Compare what both reports measured.
 
     A sample counts in units of the reference kernel, of which the median of the sample's round is
-    taken: a single time of it varies as much as what it is to steady. Where these varied by more
-    than `QUIET_SPREAD` in either report, nothing is judged: shares of a machine that something else
-    uses are not the same for a short kernel and a long engine.
+    taken: a single time of it varies as much as what it is to steady. Only quiet rounds count (see
+    `find_quiet_rounds`): shares of a machine that something else uses are not the same for a short
+    kernel and a long engine. Where they are too few in either report, nothing is judged.
 
     Args:
         before: A report.
@@ -172,37 +178,40 @@ def _list_entries(report: Mapping[str, Any]) -> dict[str, _Entry]:
     for part, name in _NAMES.items():
         kernels = [entry["reference_ms"] for entry in report[part]]
         by_round = kernel_by_round(kernels)
-        busy = bool(by_round) and spread_by_round(by_round) > QUIET_SPREAD
+        quiet = find_quiet_rounds(by_round)
         for entry in report[part]:
             samples, kernel = entry["samples_ms"], entry["reference_ms"]
             timed = bool(kernel) and None not in kernel
+            rounds = [number for number in quiet if number < len(samples)] if timed else ()
             entries[name.format(**entry)] = _Entry(
-                samples,
-                by_round[: len(samples)] if timed else None,
+                [samples[number] for number in rounds] if timed else samples,
+                [by_round[number] for number in rounds] if timed else None,
                 float(np.median(samples)),
-                timed and busy,
+                timed and is_busy(by_round),
             )
     return entries
 
 
 def _refuse(before: _Entry, after: _Entry) -> str | None:
     """Why a pair is not judged."""
-    if min(len(before.samples), len(after.samples)) < FEWEST:
-        return "too few samples"
-    return "busy machine" if before.busy or after.busy else None
+    if before.busy or after.busy:
+        return "busy machine"
+    few = min(len(before.samples), len(after.samples)) < FEWEST
+    return "too few samples" if few else None
 
 
 def _explain_refusals(refused: Mapping[str, str | None]) -> Iterator[str]:
     """What can be done about each reason."""
     if "too few samples" in refused.values():
         yield (
-            f"Fewer than {FEWEST} samples are not judged. Measure with more: --iterations for "
-            "--engines, --rounds for --generation; --quick takes 1 of a generation."
+            f"Fewer than {FEWEST} samples of quiet rounds are not judged. Measure with more: "
+            "--iterations for --engines, --rounds for --generation, of which --quick takes 1."
         )
     if "busy machine" in refused.values():
         yield (
-            f"Where the reference kernel varied by more than {QUIET_SPREAD} from round to round, "
-            "something else ran, and nothing is judged. Measure again when the machine is quiet."
+            f"In more than {1 - LEAST_QUIET:.0%} of the rounds of a report the reference kernel "
+            f"took over {QUIET_SPREAD} times as long as in the fastest: something else ran, and "
+            "nothing is judged. Measure again when the machine is quiet."
         )
 
 

@@ -114,7 +114,7 @@ def _facts(report: Report) -> dict[str, str]:
     if kernel["median_ms"] is not None:
         facts["reference kernel"] = (
             f"{kernel['median_ms']:.2f} ms for {kernel['size']} by {kernel['size']}, "
-            f"varied by {kernel['spread']:.2f}"
+            f"{kernel['quiet_rounds']:.0%} of the rounds quiet"
         )
     for name, values in report["telemetry"]["samples"].items():
         known = [value for value in values if value is not None]

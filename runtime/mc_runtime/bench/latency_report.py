@@ -21,8 +21,9 @@ from mc_runtime.bench.machine import Monitor
 from mc_runtime.bench.reference import (
     KERNEL_SIZE,
     QUIET_SPREAD,
+    find_quiet_rounds,
+    is_busy,
     kernel_by_round,
-    spread_by_round,
 )
 from mc_runtime.bench.samples import PERCENTILE_METHOD, summarise
 from mc_runtime.bench.sweep import Case, Sweep, Timed
@@ -143,7 +144,7 @@ def build_latency_report(setup: Setup, measured: Measured, monitor: Monitor) -> 
 
 
 def _reference(measured: Measured) -> dict[str, Any]:
-    """The kernel of the size that varied most; the sizes take times that cannot be mixed."""
+    """The kernel of the size with fewest quiet rounds; the times of both sizes cannot be mixed."""
     parts = (
         (sweep.KERNEL_SIZE, measured.sweep.samples.values()),
         (KERNEL_SIZE, measured.generated.values()),
@@ -152,15 +153,15 @@ def _reference(measured: Measured) -> dict[str, Any]:
         {
             "size": size,
             "median_ms": float(np.median(by_round)),
-            "spread": spread_by_round(by_round),
+            "quiet_rounds": len(find_quiet_rounds(by_round)) / len(by_round),
+            "busy": is_busy(by_round),
         }
         for size, samples in parts
         if (by_round := kernel_by_round([[one.reference_ms for one in each] for each in samples]))
     ]
-    nothing = {"size": None, "median_ms": None, "spread": None}
-    most = max(described, key=lambda kernel: kernel["spread"], default=nothing)
-    busy = most["spread"] is not None and most["spread"] > QUIET_SPREAD
-    return {**most, "limit": QUIET_SPREAD, "busy": busy}
+    nothing = {"size": None, "median_ms": None, "quiet_rounds": None, "busy": False}
+    least = min(described, key=lambda kernel: kernel["quiet_rounds"], default=nothing)
+    return {**least, "limit": QUIET_SPREAD}
 
 
 def _describe_case(
@@ -247,8 +248,9 @@ def _list_caveats(report: Mapping[str, Any], measured: Measured) -> list[str]:
         )
     if kernel["busy"]:
         caveats.append(
-            f"The reference kernel varied by {kernel['spread']:.2f} from round to round, more than "
-            f"{QUIET_SPREAD}: the machine is busy with something else."
+            f"In {1 - kernel['quiet_rounds']:.0%} of the rounds the reference kernel took over "
+            f"{QUIET_SPREAD} times as long as in the fastest: the machine is busy with something "
+            "else."
         )
     if report["generation"] and len(measured.policies) > 1:
         caveats.append(

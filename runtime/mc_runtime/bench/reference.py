@@ -7,10 +7,12 @@ the machine shows; `predict` takes the rates as the roofline of `this-cpu`.
 __all__ = [
     "BUSY_SPREAD",
     "KERNEL_SIZE",
+    "LEAST_QUIET",
     "QUIET_SPREAD",
+    "find_quiet_rounds",
+    "is_busy",
     "kernel_by_round",
     "measure_rates",
-    "spread_by_round",
     "time_kernel",
 ]
 
@@ -20,9 +22,11 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 BUSY_SPREAD = 1.3  # of the kernel's times: beyond, something else runs on the machine
-# The same of its medians by round. Quiet machines were seen at 1.1. At 1.25 to 1.36, beside other
-# programs, 25 of 36 pairs of equal reports would get a false verdict.
+# A round is quiet where the kernel's median is at most so many times that of the fastest round. On
+# shared machines it goes to and fro between two rates, 1.25 to 1.4 apart, and a long engine slows
+# down less or more than the short kernel.
 QUIET_SPREAD = 1.2
+LEAST_QUIET = 0.5  # of the rounds: with fewer, which rate is the machine's own is not known
 KERNEL_SIZE, _KERNEL_PRODUCTS = 1024, 5
 _COPIED = 2**26  # bytes: beyond any cache
 _ROUNDS = 5
@@ -62,16 +66,29 @@ def kernel_by_round(kernels: Collection[Sequence[float | None] | None]) -> list[
     ]
 
 
-def spread_by_round(by_round: Sequence[float]) -> float:
-    """How much the kernel varied from round to round.
+def find_quiet_rounds(by_round: Sequence[float]) -> list[int]:
+    """Find the rounds in which nothing else seems to run on the machine.
 
     Args:
-        by_round: Of `kernel_by_round`, at least one.
+        by_round: Milliseconds, of `kernel_by_round`.
 
     Returns:
-        The 90th percentile over the least: one hiccup among many rounds is no busy machine.
+        Their numbers: where the kernel took at most `QUIET_SPREAD` times as long as in the fastest.
     """
-    return float(np.quantile(by_round, 0.9) / min(by_round))
+    limit = QUIET_SPREAD * min(by_round, default=0.0)
+    return [number for number, kernel in enumerate(by_round) if kernel <= limit]
+
+
+def is_busy(by_round: Sequence[float]) -> bool:
+    """Say whether a machine was busy with something else while rounds were timed.
+
+    Args:
+        by_round: Milliseconds, of `kernel_by_round`; none where the kernel was not timed.
+
+    Returns:
+        Whether fewer than `LEAST_QUIET` of the rounds were quiet.
+    """
+    return len(find_quiet_rounds(by_round)) < LEAST_QUIET * len(by_round)
 
 
 def measure_rates() -> tuple[float, float]:

@@ -23,7 +23,7 @@ from mc_runtime.bench.generation import Generated, policy_runner
 from mc_runtime.bench.latency_page import render_latency
 from mc_runtime.bench.latency_report import Measured, Setup, build_latency_report
 from mc_runtime.bench.machine import Monitor, describe_machine
-from mc_runtime.bench.reference import kernel_by_round, spread_by_round
+from mc_runtime.bench.reference import find_quiet_rounds, is_busy, kernel_by_round
 from mc_runtime.bench.roofline import EngineCosts
 from mc_runtime.bench.schemas import read_schema
 from mc_runtime.bench.sweep import Case, Sweep, Timed, list_cases, take_rounds
@@ -240,22 +240,22 @@ CPU_CASE = ("cpu", Case("x", "block", lambda: None, 1))
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "size", "spread", "busy"),
+    ("small", "large", "size", "quiet", "busy"),
     [
-        ((2.0, 2.2), (100.0, 120.0), 1024, 1.18, False),
-        ((2.0, 2.8), (100.0, 120.0), 256, 1.36, True),
-        ((2.0, 2.0), (100.0, 140.0), 1024, 1.36, True),
+        ((2.0, 2.2, 2.0), (100.0, 119.0, 121.0), 1024, 2 / 3, False),
+        ((2.0, 2.8, 2.5), (100.0, 120.0, 100.0), 256, 1 / 3, True),
+        ((2.0, 2.0, 2.0), (100.0, 140.0, 140.0), 1024, 1 / 3, True),
         ((None, None), (None, None), None, None, False),
     ],
 )
 def test_the_machine_is_busy_where_products_of_one_size_vary(
-    no_work, small, large, size, spread, busy
+    no_work, small, large, size, quiet, busy
 ) -> None:
     runs = [generated_in(1.0, reference) for reference in large]
     measured = Measured([CPU_CASE], swept(*small), [("cpu", "none")], {}, {0: runs})
     kernel = report_of(measured)["reference_kernel"]
     assert (kernel["size"], kernel["busy"]) == (size, busy)
-    assert kernel["spread"] == (None if spread is None else pytest.approx(spread))
+    assert kernel["quiet_rounds"] == (None if quiet is None else pytest.approx(quiet))
 
 
 def test_what_runs_on_a_gpu_is_held_against_no_product_of_the_cpu(
@@ -611,6 +611,11 @@ def test_what_else_differs_is_said(engines) -> None:
 def test_the_kernel_counts_by_round_not_by_sample() -> None:
     steady = [2.0, 2.1, 9.0], [2.0, 2.1, 2.2], [5.0, 2.1, 2.2], None, [None]
     assert kernel_by_round(steady) == [2.0, 2.1, 2.2]
-    assert spread_by_round(kernel_by_round(steady)) == pytest.approx(1.09)  # 2.18 / 2
     assert kernel_by_round([[1.0], [2.0, 3.0]]) == [1.5, 3.0]
     assert kernel_by_round([None, []]) == []
+
+
+def test_a_round_is_quiet_where_the_kernel_took_little_longer_than_in_the_fastest() -> None:
+    assert find_quiet_rounds([2.5, 2.0, 2.39, 2.41]) == [1, 2]
+    assert not is_busy([2.5, 2.0, 2.39, 2.41]) and is_busy([2.5, 2.0, 2.41])
+    assert find_quiet_rounds([]) == [] and not is_busy([])

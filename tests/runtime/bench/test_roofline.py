@@ -1,6 +1,7 @@
 """The roofline: its operations against the other counts, its bytes against tensors of graphs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,13 +16,14 @@ from mc_export.size_plan import plan_sizes
 from mc_export.skyreels_components import describe_transformer, transformer_tensors
 from mc_runtime.bench.devices import DEVICES, find_device
 from mc_runtime.bench.roofline import Call, EngineCosts, Limits, Schedule, predict_run
+from mc_runtime.families import skyreels_work
 from mc_runtime.flops import Job, ModelFlops, chunk_causal_work, count_work
 from mc_runtime.options import GenerationOptions
-from mc_runtime.run_plan import plan_run
+from mc_runtime.run_plan import RunPlan, plan_run
 from motioncache import DecisionTrace, Mode
 
 SMALL = PUBLISHED["skyreels-df-1.3b-540p"].transformer
-FLOPS = ModelFlops.from_published(SMALL)
+FLOPS = ModelFlops.from_manifest(describe_transformer(SMALL))
 TINY = ModelFlops(layers=2, dim=24, ffn_dim=40, text_dim=20, patch_in=16, patch_out=12)
 OPTIONS = GenerationOptions(
     num_frames=29, height=32, width=48, num_inference_steps=4, ar_step=3,
@@ -31,18 +33,18 @@ MAGI_CASE = Path(__file__).parents[2] / "golden/magi-a"
 NO_LIMITS = Limits(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_configuration_is_read_as_the_manifest_of_its_export(name: str) -> None:
-    config = PUBLISHED[name].transformer
-    exported = ModelFlops.from_manifest(describe_transformer(config))
-    assert ModelFlops.from_published(config) == exported
+def lay_out(plan: RunPlan, text: Sequence[int], computed: float = 1.0) -> Schedule:
+    """The passes of a run of SkyReels-V2, whose branches keep the keys of a whole window."""
+    mode = skyreels_work.list_passes({}, OPTIONS, plan)
+    slots = (plan.shape.active.shape[1],) * plan.shape.branches
+    return Schedule.of_plan(plan, mode, {"text_tokens": text}, slots, computed)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
 def test_nothing_skipped_costs_the_operations_of_none(guidance: float) -> None:
     plan = plan_run(replace(OPTIONS, guidance_scale=guidance))
     text = (7, 5)[: plan.shape.branches]
-    run = predict_run(EngineCosts(TINY, 12, 2, 2), Schedule.of_plan(plan, text), NO_LIMITS)
+    run = predict_run(EngineCosts(TINY, 12, 2, 2), lay_out(plan, text), NO_LIMITS)
     expected = chunk_causal_work(TINY, Job.from_plan(plan, text)).total
     assert run.total.flops + run.total.attention == expected
 
@@ -55,25 +57,25 @@ def test_a_trace_costs_the_operations_that_are_counted_of_it() -> None:
     trace.bucket[:] = np.where(trace.mode > 0, 6, 0)
     trace.bucket[trace.mode >= Mode.FULL] = plan.shape.tokens
     trace.recompute[:] = np.where((trace.mode >= 0)[..., None], 0, -1)
-    run = predict_run(EngineCosts(TINY, 12, 2, 2), Schedule.of_trace(trace), NO_LIMITS)
+    run = predict_run(EngineCosts(TINY, 12, 2, 2), Schedule.of_trace(trace, (3, 3)), NO_LIMITS)
     expected = count_work(TINY, trace, padded=True).total
     assert run.total.flops + run.total.attention == expected
 
 
 def test_the_first_chunk_is_clean_after_its_last_step() -> None:
     plan = plan_run(OPTIONS)
-    schedule = Schedule.of_plan(plan, (7, 5))
+    schedule = lay_out(plan, (7, 5))
     assert schedule.first_chunk_row == OPTIONS.num_inference_steps - 1
     run = predict_run(EngineCosts(TINY, 12, 2, 2), schedule, NO_LIMITS)
     np.testing.assert_allclose(run.first_chunk, run.prompt + run.rows[:4].sum(axis=0))
     together = plan_run(replace(OPTIONS, ar_step=0, num_frames=13))
-    assert Schedule.of_plan(together, (7, 5)).first_chunk_row == 3
+    assert lay_out(together, (7, 5)).first_chunk_row == 3
 
 
 @pytest.mark.parametrize("computed", [0.0, 0.25, 1.0])
 def test_a_share_of_the_tokens_is_computed_in_every_step_and_all_in_clean_passes(computed) -> None:
     plan = plan_run(OPTIONS)
-    schedule = Schedule.of_plan(plan, (7, 5), computed)
+    schedule = lay_out(plan, (7, 5), computed)
     active = np.repeat(plan.shape.active[:, None], 2, axis=1)
     tokens = plan.shape.tokens
     assert (schedule.tokens[active] == round(computed * tokens)).all()
@@ -85,7 +87,7 @@ def test_a_share_of_the_tokens_is_computed_in_every_step_and_all_in_clean_passes
 
 
 def test_a_share_that_is_no_whole_number_of_tokens_is_rounded_up() -> None:
-    schedule = Schedule.of_plan(plan_run(replace(OPTIONS, num_frames=13)), (7, 5))
+    schedule = lay_out(plan_run(replace(OPTIONS, num_frames=13)), (7, 5))
     counts = np.resize([0, 1, 2, 3333, 4080, 10_199, 10_200], schedule.tokens.shape)
     wide = replace(schedule, tokens=counts.astype(np.int32), chunk_tokens=10_200)
     narrow = wide.resize(3600)
