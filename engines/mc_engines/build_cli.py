@@ -6,7 +6,7 @@ and the largest video. The library is imported when there is work to do.
 
 __all__ = ["main"]
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from mc_engines.building.engines import (
     Outcome,
     check_attention,
     find_attention,
+    find_unfit,
     provide_engine,
 )
 from mc_engines.building.library import BACKENDS, Backend, Library, open_library
@@ -125,7 +126,8 @@ def main(
     request = Request(targets, profiles, scratch, timing_cache)
     store = EngineStore(opened, engines)
     job = Job(opened, library, dtype, request, store, component or REQUIRED)
-    names = _choose_components(opened, dtype, component)
+    unfit = {} if component else find_unfit(opened, dtype)
+    names = [name for name in _choose_components(opened, dtype, component) if name not in unfit]
     parts = divide(opened, names, _parse_partition(partition))
     fused = {name: check_attention(job, name, allow_unfused) for name in names}
     with _show_progress(quiet) as advance:
@@ -136,7 +138,7 @@ def main(
     if clean:
         _clean(job, built, quiet)
     if not quiet:
-        _show(job, built)
+        _show(job, built, unfit)
 
 
 def _choose_targets(library: Library, sm: str | None, dtype: Precision) -> tuple[int, ...]:
@@ -273,7 +275,7 @@ def _clean(job: Job, built: Sequence[Outcome], quiet: bool) -> None:
         click.echo(f"Removed {len(others)} engines.", err=True)
 
 
-def _show(job: Job, built: Sequence[Outcome]) -> None:
+def _show(job: Job, built: Sequence[Outcome], unfit: Mapping[str, float]) -> None:
     """Print what is there now, what is not and why, and that nothing of it has run."""
     engines = [each.sidecar for each in built if each.sidecar is not None]
     for each in engines:
@@ -283,6 +285,12 @@ def _show(job: Job, built: Sequence[Outcome]) -> None:
     for outcome in built:
         for target, reason in outcome.left_out.items():
             click.echo(f"Left out: {outcome.part.name} for SM{target}: {reason}")
+    for name, error in unfit.items():
+        click.echo(
+            f"Left out: {name}: in {job.precision} it errs by {error:.2g} of its largest value, as "
+            "the model itself does in torch; ONNX Runtime runs it in fp32. --component "
+            f"{name} builds it nevertheless."
+        )
     click.echo(
         f"{len(engines)} engines of {job.library.backend} {job.library.version} for {job.targets} "
         f"in {job.store.root}: compiled, not executed."

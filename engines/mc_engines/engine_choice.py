@@ -23,6 +23,7 @@ from mc_engines.building.bounds import (
     fits,
 )
 from mc_engines.building.compile import Request, name_targets
+from mc_engines.building.engines import find_unfit
 from mc_engines.building.library import Backend
 from mc_engines.building.partition import Part, graph_hash, graph_of
 from mc_engines.building.store import EngineStore, Sidecar
@@ -55,11 +56,13 @@ class Place:
         """The place in words."""
         return f"{self.backend} {self.version} for {name_targets((self.capability,))}"
 
-    def build_command(self, store: EngineStore) -> str:
+    def build_command(self, store: EngineStore, component: str | None = None) -> str:
         """Return the command that makes the engines that run here.
 
         Args:
             store: Where they are to be kept.
+            component: That must be among them: one that is too rough in this precision is built
+                where it is named alone.
 
         Returns:
             One line for a shell.
@@ -74,6 +77,8 @@ class Place:
             "max-frames": self.limits.max_frames,
             "causal-block-size": self.limits.chunk_frames,
         }
+        if component in find_unfit(store.bundle, self.form):
+            options["component"] = component
         if store.folder is not None:
             options["engines"] = store.folder
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -184,7 +189,7 @@ def read_plan(store: EngineStore, sidecar: Sidecar, place: Place) -> bytes:
 def _refuse(store: EngineStore, part: Part, place: Place, got: str) -> NoReturn:
     raise EngineError(
         f"{part.name}.{place.form}: expected an engine of {place.name}, got {got}. "
-        f"Run: {place.build_command(store)}"
+        f"Run: {place.build_command(store, part.component)}"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from mc_engines.bundle_writer import BundleWriter
 from mc_engines.manifest import Manifest
+from mc_engines.parity_report import PARITY_REPORT
 from mc_engines.published import PUBLISHED_BY_FAMILY, published_name
 from mc_engines.specs import ComponentSpec, Precision
 from mc_export.checkpoint import Checkpoint, Part, check_tensors
@@ -22,7 +23,6 @@ from mc_export.parity import Comparison, require_parity
 from mc_export.tensor_source import Shape
 from mc_export.write_component import STORED_TYPES, Report, write_component, write_weights
 
-PARITY_REPORT = "reports/parity.json"
 _PARTS = ("text_encoder", "tokenizer", "vae")
 
 

@@ -30,23 +30,30 @@ def narrow(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         dtype: float16 or bfloat16.
 
     Returns:
-        The copy. Its floating-point inputs have that type, but for those that go into islands.
+        The copy. Its floating-point inputs have that type; those that go into islands may be
+        float32, and are cast where another submodule takes them, as in graphs.
     """
 
-    def widen(island: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(cast_real(value, torch.float32) for value in inputs)
+    def cast_inputs(part: torch.nn.Module, to: torch.dtype) -> None:
+        def cast(part: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return cast_real(inputs, to), {key: cast_real(each, to) for key, each in named.items()}
+
+        part.register_forward_pre_hook(cast, with_kwargs=True)
 
     def border(island: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         return cast_real(output, dtype)
 
     def lower(part: torch.nn.Module) -> None:
         if isinstance(part, Island):  # with all that is inside of it
-            part.register_forward_pre_hook(widen)
+            cast_inputs(part, torch.float32)
             part.register_forward_hook(border)
             return
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             tensor.data = cast_real(tensor.data, dtype)
-        for child in part.children():
+        children = list(part.children())
+        if not children:
+            cast_inputs(part, dtype)
+        for child in children:
             lower(child)
 
     narrowed = copy.deepcopy(module)

@@ -4,7 +4,7 @@ Neighbours: `write_component` calls this right after it wrote the graphs; the re
 bundle, and an error above tolerance fails the export.
 """
 
-__all__ = ["TOLERANCES", "Comparison", "allow_own_error", "compare_outputs", "require_parity"]
+__all__ = ["TOLERANCES", "Comparison", "compare_outputs", "hold_to_own_error", "require_parity"]
 
 import math
 from collections.abc import Iterable
@@ -18,8 +18,10 @@ from mc_engines.runner import Array, Arrays
 # Largest error of an output, relative to the largest value of the reference (or to 1).
 # 16-bit graphs are held against float32 arithmetic on the stored weights.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
-# Two roundings of the same 16-bit arithmetic: how much larger the error of one may be.
-_OWN_ERROR_FACTOR = 1.5
+# Two roundings of the same 16-bit arithmetic are two draws: of the largest errors of skyreels-mini
+# that exceed a rounding, one is up to 1.64 times the other.
+_OWN_ERROR_FACTOR = 2
+_ROUNDING = 2.0**-8  # of bf16, relative: what a single cast of an output may err
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Comparison:
         cosine: Cosine of the angle between both, as vectors.
         scale: Largest absolute value of the reference, at least 1.
         tolerance: Largest `max_abs / scale` that passes.
-        own_error: Largest absolute error of the model itself in this type, where that raised the
-            tolerance.
+        own_error: Where the error is above what is usual for the type, the largest absolute error
+            of the model itself in it, which excuses that: the type is too rough for the model.
     """
 
     component: str
@@ -78,12 +80,12 @@ def compare_outputs(
         layer: Whose weights were used, or None.
         got: What the graph computed.
         expected: What torch computed in float32, by the same names.
-        depth: Factor of the tolerance, for a component of many layers.
+        depth: Factor of what is usual in bf16, for a component of many layers.
 
     Returns:
         One comparison per output.
     """
-    tolerance = depth * TOLERANCES[form.partition("-")[0]]
+    tolerance = TOLERANCES[form.partition("-")[0]] * (depth if form == "bf16" else 1)
     rows = []
     for name, reference in expected.items():
         errors = _errors(got[name], reference)
@@ -91,10 +93,10 @@ def compare_outputs(
     return rows
 
 
-def allow_own_error(
+def hold_to_own_error(
     rows: Iterable[Comparison], narrowed: Arrays, expected: Arrays
 ) -> list[Comparison]:
-    """Let a 16-bit graph err as the model itself does when torch computes it in that type.
+    """Hold a 16-bit graph to what the model itself errs when torch computes it in that type.
 
     Some models are no good in 16 bits: that is theirs, and no fault of their graphs.
 
@@ -104,21 +106,23 @@ def allow_own_error(
         expected: What it computes in float32.
 
     Returns:
-        The comparisons. Where one does not pass, its tolerance is raised to 1.5 times the model's
-        own error, if that is more and finite.
+        The comparisons. In bf16 the tolerance of each becomes twice the model's own error, at least
+        a rounding of the type; in fp16 that of one which does not pass, if it is more. An own error
+        that is not finite changes nothing.
     """
-    return [
-        row if row.passes else _raise_tolerance(row, narrowed[row.output], expected[row.output])
-        for row in rows
-    ]
+    return [_hold(row, narrowed[row.output], expected[row.output]) for row in rows]
 
 
-def _raise_tolerance(row: Comparison, narrowed: Array, expected: Array) -> Comparison:
+def _hold(row: Comparison, narrowed: Array, expected: Array) -> Comparison:
     own, *_ = _errors(narrowed, expected)
-    raised = _OWN_ERROR_FACTOR * own / row.scale
-    if not row.tolerance < raised < math.inf:
+    bound = _OWN_ERROR_FACTOR * own / row.scale
+    if row.form == "bf16":
+        bound = max(bound, _ROUNDING)
+    elif row.passes or bound <= row.tolerance:
         return row
-    return replace(row, tolerance=raised, own_error=own)
+    if not bound < math.inf:
+        return row
+    return replace(row, tolerance=bound, own_error=None if row.passes else own)
 
 
 def _errors(got: Array, expected: Array) -> tuple[float, float, float, float]:

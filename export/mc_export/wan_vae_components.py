@@ -138,7 +138,7 @@ def _source(
         }
         for key, value in inputs.items()
     }
-    # About twenty convolutions one after the other: errors add up as in a random walk.
+    # About twenty convolutions one after the other: roundings add up as in a random walk.
     return ComponentSource(name, module, inputs, dynamic, outputs, depth=4)
 
 

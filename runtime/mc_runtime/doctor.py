@@ -248,7 +248,8 @@ def _find_hindrance(
     if hindrance is None:
         return "", ""
     text = f"needed is one of {place.name}"
-    advice = "it runs in ONNX Runtime" if hindrance.is_final else place.build_command(store)
+    command = place.build_command(store, sidecar.component)
+    advice = "it runs in ONNX Runtime" if hindrance.is_final else command
     return f"{text}, got {hindrance.text}", advice
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from mc_engines.bundle import Bundle
 from mc_engines.command import FAILURE, command
 from mc_engines.errors import BundleError
+from mc_engines.parity_report import read_parity
 from mc_engines.specs import ComponentSpec
 from mc_engines.verify import find_faults
 from mc_runtime.display import open_console
@@ -33,7 +34,6 @@ from mc_runtime.schedule_table import Schedule, forecast_schedule
 from mc_runtime.trace_report import describe, list_chunks, report_page, summarise
 from motioncache import DecisionTrace
 
-_PARITY_FILE = "reports/parity.json"
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 _DRAWING = "html", "overlay", "video", "overwrite"
 # The settings of a run that its schedule depends on, and what they are of.
@@ -296,7 +296,7 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
             name: sum(files[path].size for path in _weight_files(bundle, spec))
             for name, spec in bundle.manifest.components.items()
         },
-        "parity": _read_parity(bundle),
+        "parity": read_parity(bundle),
     }
 
 
@@ -304,13 +304,6 @@ def _weight_files(bundle: Bundle, spec: ComponentSpec) -> list[str]:
     """The safetensors files of a component, or the `.onnx.data` that its graphs share."""
     baked = f"onnx/{spec.name}.onnx.data"
     return [*spec.weight_files, *([baked] if baked in bundle.manifest.files else [])]
-
-
-def _read_parity(bundle: Bundle) -> list[dict[str, Any]]:
-    if _PARITY_FILE not in bundle.manifest.files:
-        return []
-    report: list[dict[str, Any]] = json.loads((bundle.path / _PARITY_FILE).read_bytes())
-    return report
 
 
 def _show(bundle: Bundle) -> None:
@@ -379,8 +372,8 @@ def _parity_table(report: list[dict[str, Any]]) -> Table:
     for entry in report:
         groups.setdefault((entry["component"], entry["form"]), []).append(entry)
     for (component, form), entries in groups.items():
-        errors = [entry["max_abs"] / entry["scale"] for entry in entries]
-        cosine = min(entry["cosine"] for entry in entries)
-        numbers = f"{max(errors):.2g}", f"{entries[0]['tolerance']:.2g}", f"{cosine:.6f}"
+        worst = max(entries, key=lambda entry: entry["max_abs"] / entry["scale"])
+        error, cosine = worst["max_abs"] / worst["scale"], min(each["cosine"] for each in entries)
+        numbers = f"{error:.2g}", f"{worst['tolerance']:.2g}", f"{cosine:.6f}"
         table.add_row(component, form, str(len(entries)), *numbers)
     return table

@@ -172,8 +172,9 @@ class VideoPipeline:
 
     def _open(self, component: str, form: str = "fp32") -> Runner:
         if self.device is not None and component in self.device.engines:
-            outputs = self.device.engines[component].graph.outputs
-            states = {spec.name for spec in outputs if spec.name.startswith("next_state")}
+            outputs, states = self.device.engines[component].graph.outputs, set()
+            if component.replace("_first", "_next") in self.device.engines:  # which takes them
+                states = {spec.name for spec in outputs if spec.name.startswith("next_state")}
             return DeviceRunner(self.device, component, frozenset(states))
         return open_runner(self.bundle, component, form, self.threads, self.provider)
 

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from mc_engines import build_cli
+from mc_engines.building import engines
 from mc_engines.building.bounds import VideoLimits, bound_symbols, bucket_symbols
 from mc_engines.building.compile import Request
 from mc_engines.building.partition import Part, graph_hash, graph_of
@@ -145,6 +146,13 @@ def test_a_profile_that_is_too_small_names_the_tensor_and_both_sizes(store) -> N
     add(store, make(store, replace(HERE, limits=VideoLimits(64, 96, 77, 5))))
     sizes = "from (1, 2, 1, 32) up to (1, 2, 480, 32), not (1, 2, 600, 32)"
     assert f"got one that takes 'k_cache' {sizes}. Run: " in refusal(store)
+
+
+@pytest.mark.parametrize(("part", "named"), [("head", False), ("vae_decoder_next", True)])
+def test_the_command_names_what_is_not_built_unasked(store, monkeypatch, part, named) -> None:
+    rough = {"head": 0.5, "vae_decoder_next": 0.5}
+    monkeypatch.setattr(engines, "find_rough", lambda *_: rough)
+    assert (f" --component {part} --engines " in refusal(store, Part(part))) is named
 
 
 BUCKETS = 1.0, 0.75, 0.5, 0.4, 0.25  # of the bundle: what passes are padded to

@@ -113,12 +113,15 @@ def test_a_megabyte_is_a_million_bytes_as_in_every_message():
     assert choose_device(values, FAMILIES["skyreels"], GenerationOptions()).max_vram == 7_000_000
 
 
-def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder, driver):
-    for path in folder.rglob("vae_decoder_*"):
-        path.unlink()
+@pytest.mark.parametrize("missing", [["first", "next"], ["first"], ["next"]])
+def test_a_part_without_an_engine_runs_on_the_cpu(tiny_bundle, tmp_path, folder, driver, missing):
+    parts = [f"vae_decoder_{step}" for step in missing]
+    for part in parts:
+        for path in folder.rglob(f"{part}.*"):
+            path.unlink()
     result, given = run(tiny_bundle, tmp_path / "gpu.mp4", *ON_GPU, "--engines", folder)
     assert given.exists()
-    assert "On the CPU: timestep, vae_decoder_first, vae_decoder_next." in result.output
+    assert f"On the CPU: {', '.join(['timestep', *parts])}." in result.output
 
 
 @pytest.mark.parametrize("left_out", [{}, {"86": "FP32 GEMM is not supported."}])

@@ -2,13 +2,22 @@
 
 Not every graph can be built for every GPU: a layer of the text encoder has products of float32
 matrices, which SM75 does not have. What a run cannot do without has to be built for every target;
-the rest is built for the targets that can, and the outcome says what was left out and why.
+the rest is built for the targets that can, and the outcome says what was left out and why. Nor is
+every graph good in 16 bits: of the rest, one that is rough there is built where it is asked for.
 
 Neighbours: `compile` builds one graph, `EngineStore` keeps what comes out; `mc-build` asks for each
 component.
 """
 
-__all__ = ["REQUIRED", "Job", "Outcome", "check_attention", "find_attention", "provide_engine"]
+__all__ = [
+    "REQUIRED",
+    "Job",
+    "Outcome",
+    "check_attention",
+    "find_attention",
+    "find_unfit",
+    "provide_engine",
+]
 
 import hashlib
 import time
@@ -32,6 +41,7 @@ from mc_engines.building.partition import Part, bake_layers, graph_hash, graph_o
 from mc_engines.building.store import EngineStore, Sidecar, engine_file, hash_inputs
 from mc_engines.bundle import Bundle
 from mc_engines.errors import BuildError, EngineError
+from mc_engines.parity_report import find_rough
 from mc_engines.specs import Precision
 
 # What runs in every pass, and what makes the keys of the text: there is no run on a GPU without it.
@@ -98,6 +108,20 @@ def find_attention(bundle: Bundle, component: str) -> Attention | None:
         heads, inner = int(shapes["position_bias"][1]), int(shapes["qkv"][1]) // 3
         return Attention(heads, inner // heads, mask=True)
     return None
+
+
+def find_unfit(bundle: Bundle, form: Precision) -> dict[str, float]:
+    """Find what a run can do without and should, as a precision is too rough for the model.
+
+    Args:
+        bundle: Of the graphs.
+        form: Precision of the graphs.
+
+    Returns:
+        By component, its largest error relative to the largest value of the output.
+    """
+    rough = find_rough(bundle, form)
+    return {name: error for name, error in rough.items() if name not in REQUIRED}
 
 
 def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | None:
