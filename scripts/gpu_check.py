@@ -29,7 +29,7 @@ from mc_engines.device.cuda import open_gpu
 from mc_engines.device.device import Device
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.device.runner import DeviceRunner
-from mc_engines.engine_choice import Place
+from mc_engines.engine_choice import Place, usual_form
 from mc_engines.errors import McError
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Arrays, Runner
@@ -46,7 +46,6 @@ TOLERANCE = {"fp32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
 # Largest root mean square of the difference of latents, relative to that of the latents, that is
 # allowed: what a pass errs adds up over the steps, and guidance multiplies it.
 LATENTS_TOLERANCE = {form: 5 * each for form, each in TOLERANCE.items()}
-_FIRST_WITH_BF16 = 80  # compute capability
 _KEPT = 6  # calls of a component that are compared
 _PROMPT = "a big red circle drifts left over sand"
 
@@ -289,7 +288,7 @@ def main() -> None:
     device_options = DeviceOptions(
         flags.backend or choose_backend(capability),
         limit_video(options),
-        flags.dtype or ("bf16" if capability >= _FIRST_WITH_BF16 else "fp16"),
+        flags.dtype or usual_form(capability),
         flags.engines,
     )
     _build(bundle, device_options, capability)

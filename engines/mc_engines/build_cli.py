@@ -33,11 +33,11 @@ from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.bundle import Bundle
 from mc_engines.command import command
 from mc_engines.device.cuda import open_gpu
+from mc_engines.engine_choice import check_form
 from mc_engines.specs import PRECISIONS, Precision
 
 _HOST = ("timestep",)  # runs once per run, in ONNX Runtime on every target
 _DEFAULT_TARGETS = (80, 86, 89, 120)  # Ampere (A100, RTX 30), Ada (RTX 40), Blackwell (RTX 50)
-_WITHOUT_BF16 = (75,)
 _HEIGHT, _WIDTH = 544, 960  # of a bundle that does not say what it was trained for
 _MEGABYTE = 10**6
 
@@ -158,11 +158,8 @@ def _choose_targets(library: Library, sm: str | None, dtype: Precision) -> tuple
             f"{library.backend} {library.version} has no such target: use --backend tensorrt "
             "on that GPU."
         )
-    narrow = [target for target in wanted if dtype == "bf16" and target in _WITHOUT_BF16]
-    if narrow:
-        raise ValueError(
-            f"dtype: expected one that SM{_join(narrow)} has, got bf16. Pass --dtype fp16 for it."
-        )
+    for target in wanted:
+        check_form(dtype, target)
     return wanted
 
 

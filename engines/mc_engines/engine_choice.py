@@ -6,7 +6,15 @@ the sizes that it was made for, and stands for the graph that it was made of.
 Neighbours: `EngineStore` keeps engines, `mc-build` makes them.
 """
 
-__all__ = ["Hindrance", "Place", "choose_engine", "find_hindrance", "read_plan"]
+__all__ = [
+    "Hindrance",
+    "Place",
+    "check_form",
+    "choose_engine",
+    "find_hindrance",
+    "read_plan",
+    "usual_form",
+]
 
 import hashlib
 import math
@@ -30,6 +38,7 @@ from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.errors import EngineError
 from mc_engines.specs import Precision
 
+_FIRST_WITH_BF16 = 80  # compute capability
 _Test = tuple[Callable[[Sidecar], bool], Callable[[Sidecar], str]]
 
 
@@ -71,7 +80,7 @@ class Place:
         if self.backend == "tensorrt-rtx":  # TensorRT builds for the GPU that is there
             options["sm"] = self.capability
         options |= {
-            "dtype": self.form,
+            "dtype": usual_form(self.capability) if self._lacks_form else self.form,
             "height": self.limits.height,
             "width": self.limits.width,
             "max-frames": self.limits.max_frames,
@@ -82,7 +91,37 @@ class Place:
         if store.folder is not None:
             options["engines"] = store.folder
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return shlex.join(["mc-build", str(store.bundle.path), *words])
+        unfused = ["--allow-unfused"] if self.form == "fp32" else []  # no library fuses it there
+        return shlex.join(["mc-build", str(store.bundle.path), *words, *unfused])
+
+    @property
+    def _lacks_form(self) -> bool:
+        return self.form == "bf16" != usual_form(self.capability)
+
+
+def usual_form(capability: int) -> Precision:
+    """Return the precision of engines on a GPU where none is asked for.
+
+    Args:
+        capability: Compute capability, as 86 for 8.6.
+    """
+    return "bf16" if capability >= _FIRST_WITH_BF16 else "fp16"
+
+
+def check_form(form: Precision, capability: int) -> None:
+    """Refuse bf16 on a GPU that has none.
+
+    Args:
+        form: That engines are to have.
+        capability: Compute capability, as 86 for 8.6.
+
+    Raises:
+        ValueError: The GPU has no such type.
+    """
+    if form == "bf16" != usual_form(capability):
+        raise ValueError(
+            f"dtype: expected one that SM{capability} has, got bf16. Pass --dtype fp16 for it."
+        )
 
 
 def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:

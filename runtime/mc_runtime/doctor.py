@@ -18,7 +18,7 @@ from mc_engines.building.library import BACKENDS, Backend, open_library
 from mc_engines.building.partition import Part
 from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.device.cuda import Gpu, open_gpu
-from mc_engines.engine_choice import Place, choose_engine, find_hindrance
+from mc_engines.engine_choice import Place, choose_engine, find_hindrance, usual_form
 from mc_engines.errors import BundleError, EngineError, MissingExtraError
 from mc_engines.onnxruntime_providers import Provider, try_provider
 from mc_engines.specs import PRECISIONS
@@ -35,7 +35,6 @@ _PACKAGES: dict[Provider, str] = {
     "cuda": "onnxruntime-gpu",
     "nv-tensorrt-rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
 }
-_FIRST_WITH_BF16 = 80  # compute capability
 _MEGABYTE = 10**6
 
 
@@ -255,8 +254,7 @@ def _find_hindrance(
 
 def _examine_set(store: EngineStore, place: Place) -> Finding:
     """Say whether there is every engine without which a GPU cannot generate, in some precision."""
-    wanted = "fp16" if place.capability < _FIRST_WITH_BF16 else "bf16"
-    forms = sorted(PRECISIONS, key=lambda form: form != wanted)
+    forms = sorted(PRECISIONS, key=lambda form: form != usual_form(place.capability))
     missing = {form: _list_missing(store, replace(place, form=form)) for form in forms}
     form = min(forms, key=lambda each: len(missing[each]))
     limits, name = place.limits, f"{place.backend} engines"

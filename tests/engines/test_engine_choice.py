@@ -206,6 +206,11 @@ def test_what_cannot_be_built_here_is_for_onnx_runtime(store) -> None:
     )
 
 
+def test_the_command_asks_for_no_type_that_the_gpu_lacks(store) -> None:
+    assert "--sm 75 --dtype fp16 " in refusal(store, place=replace(HERE, capability=75))
+    assert "--sm 80 --dtype bf16 " in refusal(store, place=replace(HERE, capability=80))
+
+
 def test_groups_of_layers_are_engines_of_their_own(store) -> None:
     add(store, make(store))
     group = Part("block", (0, 1))
@@ -254,13 +259,24 @@ def test_a_sidecar_survives_its_file() -> None:
     assert np.array_equal(read.profiles[0]["x"], [[1], [2], [3]])
 
 
-@pytest.mark.parametrize("before", [(), ("--sm", "89"), ("--height", "64", "--width", "64")])
-def test_the_command_makes_an_engine_that_fits(before, tiny_bundle, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("before", "changes", "name"),
+    [
+        ((), {}, "combine"),
+        (("--sm", "89"), {}, "combine"),
+        (("--height", "64", "--width", "64"), {}, "combine"),
+        ((), {"capability": 75, "form": "fp16"}, "combine"),
+        ((), {"form": "fp32"}, "block"),
+    ],
+)
+def test_the_command_makes_an_engine_that_fits(
+    before, changes, name, tiny_bundle, tmp_path, monkeypatch
+) -> None:
     """With a small component in place of all, and the real library."""
     library = pytest.importorskip("tensorrt_rtx", reason="extra rtx is not installed")
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "tiny.bundle"))
-    place, part = replace(HERE, version=library.__version__), Part("combine")
-    monkeypatch.setattr(build_cli, "_choose_components", lambda *_: ["combine"])
+    place, part = replace(HERE, version=library.__version__, **changes), Part(name)
+    monkeypatch.setattr(build_cli, "_choose_components", lambda *_: [name])
 
     def run(*words: str) -> None:
         result = CliRunner().invoke(build_cli.main, words)
@@ -270,9 +286,12 @@ def test_the_command_makes_an_engine_that_fits(before, tiny_bundle, tmp_path, mo
         run(str(bundle), *before)
     store = EngineStore(Bundle.open(bundle))
     found = re.fullmatch(
-        r"combine\.bf16: expected .* Run: mc-build (.*)", refusal(store, part, place)
+        rf"{name}\.{place.form}: expected .* Run: mc-build (.*)", refusal(store, part, place)
     )
     assert found
     run(*shlex.split(found[1]))
     sidecar = choose_engine(store, part, place)
-    assert sidecar.targets == (86,) and len(read_plan(store, sidecar, place)) == sidecar.size
+    assert (
+        sidecar.targets == (place.capability,)
+        and len(read_plan(store, sidecar, place)) == sidecar.size
+    )

@@ -174,6 +174,15 @@ def test_a_gpu_of_another_generation_is_refused(tiny_bundle, tmp_path, folder, d
     assert "got one for SM86" in result.output and "--sm 89" in result.output
 
 
+def test_a_gpu_without_bf16_is_told_to_ask_for_another(tiny_bundle, tmp_path, folder, driver):
+    driver.capability = (7, 5)
+    more = "--backend", "tensorrt-rtx", "--engines", folder
+    result, _ = run(tiny_bundle, tmp_path / "a.mp4", *more, code=2)
+    assert (
+        "dtype: expected one that SM75 has, got bf16. Pass --dtype fp16 for it.\n" in result.output
+    )
+
+
 @pytest.mark.parametrize("flag", ["--dtype=fp16", "--engines=x", "--max-vram=100", "--device=0"])
 def test_a_flag_for_engines_wants_a_backend(tiny_bundle, tmp_path, flag):
     result, _ = run(tiny_bundle, tmp_path / "a.mp4", flag, code=2)

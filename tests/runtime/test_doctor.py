@@ -166,7 +166,7 @@ def test_an_engine_that_is_not_whole_and_a_damaged_sidecar_are_told(machine, tin
 def build_command(bundle: Path, engines: Path, sm: int = 86, side: int = 32) -> str:
     return (
         f"mc-build {bundle} --backend tensorrt-rtx --sm {sm} --dtype fp32 --height {side} --width "
-        f"{side} --max-frames 97 --causal-block-size 5 --engines {engines}"
+        f"{side} --max-frames 97 --causal-block-size 5 --engines {engines} --allow-unfused"
     )
 
 

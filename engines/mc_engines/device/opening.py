@@ -17,7 +17,7 @@ from mc_engines.bundle import Bundle
 from mc_engines.device.cuda import open_gpu
 from mc_engines.device.device import Device, Plan
 from mc_engines.device.kernels import compile_kernels
-from mc_engines.engine_choice import Place, choose_engine, read_plan
+from mc_engines.engine_choice import Place, check_form, choose_engine, read_plan
 from mc_engines.manifest import CACHE_SUFFIX
 from mc_engines.specs import Precision
 
@@ -59,8 +59,10 @@ def open_device(bundle: Bundle, options: DeviceOptions, components: Sequence[str
         EngineError: There is no GPU, an engine is missing or cannot run here, or memory is short;
             the message says which command helps.
         BundleError: The bundle lacks a component.
+        ValueError: The GPU has no numbers of that precision.
     """
     library, gpu = open_library(options.backend), open_gpu(options.ordinal)
+    check_form(options.form, gpu.capability)
     store = EngineStore(bundle, options.engines)
     place = Place(options.backend, library.version, gpu.capability, options.form, options.limits)
     plans = {name: _read(store, name, place) for name in components}
