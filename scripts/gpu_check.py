@@ -32,6 +32,7 @@ from mc_engines.device.runner import DeviceRunner
 from mc_engines.engine_choice import Place, usual_form
 from mc_engines.errors import McError
 from mc_engines.onnxruntime_runner import open_runner
+from mc_engines.parity_report import allowed_error
 from mc_engines.runner import Arrays, Runner
 from mc_engines.specs import GraphSpec
 from mc_runtime.doctor import examine
@@ -157,20 +158,27 @@ def _draw_motion(bundle: Bundle, tokens: int, options: GenerationOptions) -> dic
     return {"out": out, "previous": previous[:1]}
 
 
-def compare_engines(device: Device, form: str, calls: Mapping[str, list[Call]]) -> list[Comparison]:
+def choose_tolerance(bundle: Bundle, component: str, form: str) -> float:
+    """What an engine may err: that of its type, or what its graph may, which is deeper in a VAE."""
+    return max(TOLERANCE[form], allowed_error(bundle, component, form))
+
+
+def compare_engines(
+    device: Device, tolerances: Mapping[str, float], calls: Mapping[str, list[Call]]
+) -> list[Comparison]:
     """Give every engine the inputs of the recorded calls; one that fails does not end it."""
     comparisons = []
     for name in device.engines:
         try:
-            comparisons.append(_compare(device, form, name, calls.get(name, [])))
+            comparisons.append(_compare(device, tolerances[name], name, calls.get(name, [])))
         except (McError, ValueError) as error:
-            comparisons.append(Comparison(name, 0, None, TOLERANCE[form], None, str(error)))
+            comparisons.append(Comparison(name, 0, None, tolerances[name], None, str(error)))
     return comparisons
 
 
-def _compare(device: Device, form: str, component: str, calls: list[Call]) -> Comparison:
+def _compare(device: Device, tolerance: float, component: str, calls: list[Call]) -> Comparison:
     if not calls:
-        return Comparison(component, 0, None, TOLERANCE[form], None)
+        return Comparison(component, 0, None, tolerance, None)
     runner, errors, times = DeviceRunner(device, component), [], []
     specs = {spec.name: spec for spec in (*runner.graph.inputs, *runner.graph.weights)}
     for call in calls:
@@ -185,7 +193,7 @@ def _compare(device: Device, form: str, component: str, calls: list[Call]) -> Co
             scale = max(float(np.abs(expected).max()), 1e-6)
             errors.append(float(np.abs(given[name] - expected).max()) / scale)
     worst = max(errors) if np.isfinite(errors).all() else math.inf
-    return Comparison(component, len(calls), worst, TOLERANCE[form], float(np.median(times)))
+    return Comparison(component, len(calls), worst, tolerance, float(np.median(times)))
 
 
 def _generate(
@@ -238,7 +246,8 @@ def check(
     except McError as error:
         return report | {"good": False, "failure": str(error)}
     assert device is not None
-    comparisons = compare_engines(device, form, record_calls(bundle, options, policy))
+    tolerances = {name: choose_tolerance(bundle, name, form) for name in device.engines}
+    comparisons = compare_engines(device, tolerances, record_calls(bundle, options, policy))
     runs = {
         name: _generate(cpu, gpu, options, name, form) for name in dict.fromkeys(("none", policy))
     }

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import gpu_check
 import numpy as np
+import onnx_ir as ir
 import pytest
 import stand_in_tensorrt
 from gpu_check import TOLERANCE, check
@@ -21,6 +22,8 @@ from mc_engines.device.cuda import Gpu
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.device.runner import DeviceRunner
 from mc_engines.errors import EngineError
+from mc_engines.onnxruntime_runner import OnnxRuntimeRunner
+from mc_export.passes.round_bf16 import round_bf16
 from mc_runtime import doctor
 from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses
 from mc_runtime.options import GenerationOptions
@@ -119,6 +122,66 @@ def test_a_failing_generation_is_in_the_report(report, monkeypatch):
     made = report()
     assert made["generations"]["none"]["failure"].startswith("velocity: ") and not made["good"]
     assert sum(line["good"] for line in made["engines"]) > 5
+
+
+class Lowered:
+    """A 16-bit graph in ONNX Runtime in place of its engine; of bf16 the twin, which rounds."""
+
+    def __init__(self, bundle, form, component, folder):
+        graph, path = bundle.graph(component, form), bundle.graph_path(component, form)
+        self.graph = graph
+        if form == "bf16":
+            twin = ir.external_data.load_to_model(ir.load(path))
+            twin = round_bf16(twin, frozenset(spec.name for spec in graph.weights))
+            path = folder / f"{component}.onnx"
+            ir.save(twin, path, external_data=f"{component}.data")
+            names = {"bfloat16": "float32"}
+            self.graph = replace(
+                graph,
+                **{
+                    side: tuple(
+                        replace(spec, dtype=names.get(spec.dtype, spec.dtype))
+                        for spec in getattr(graph, side)
+                    )
+                    for side in ("inputs", "outputs", "weights")
+                },
+            )
+        self.runner = OnnxRuntimeRunner(self.graph, path, threads=1)
+
+    def run(self, inputs, weights):
+        dtypes = {spec.name: spec.numpy_dtype for spec in self.graph.inputs}
+        given = {name: np.asarray(array).astype(dtypes[name]) for name, array in inputs.items()}
+        outputs = self.runner.run(given, weights)
+        return {name: array.astype(np.float32) for name, array in outputs.items()}
+
+
+@pytest.mark.parametrize("form", ["fp16", "bf16"])
+def test_right_engines_of_16_bits_are_called_good(tiny_bundle, tmp_path, monkeypatch, form):
+    """What an engine computes at best, and one whose results are no such thing."""
+    bundle = Bundle.open(tiny_bundle)
+    wrong = []
+
+    def open_lowered(device, component):
+        lowered = Lowered(bundle, form, component, tmp_path)
+        if component in wrong:
+            run = lowered.run
+            lowered.run = lambda *given: {name: 1.3 * x for name, x in run(*given).items()}
+        return lowered
+
+    monkeypatch.setattr(gpu_check, "DeviceRunner", open_lowered)
+    parts = *ON_DEVICE, *OPTIONAL_PARTS
+    calls = gpu_check.record_calls(bundle, OPTIONS, "none")
+    tolerances = {name: gpu_check.choose_tolerance(bundle, name, form) for name in parts}
+    assert tolerances["block"] == TOLERANCE[form]
+    assert tolerances["vae_decoder_first"] > TOLERANCE[form]
+
+    def compare():
+        device = SimpleNamespace(engines=dict.fromkeys(parts))
+        return gpu_check.compare_engines(device, tolerances, calls)
+
+    assert [each for each in compare() if not each.is_good] == []
+    wrong += parts
+    assert [each.component for each in compare() if each.is_good] == []
 
 
 def test_partial_passes_are_recorded_in_the_sizes_of_buckets(tiny_bundle):
