@@ -12,6 +12,7 @@ __all__ = [
     "check_form",
     "choose_engine",
     "find_hindrance",
+    "list_built",
     "read_plan",
     "usual_form",
 ]
@@ -148,6 +149,28 @@ def choose_engine(store: EngineStore, part: Part, place: Place) -> Sidecar:
             _refuse(store, part, place, tell(max(found, key=_volume)) if found else "none")
         found = left
     return min(found, key=_volume)
+
+
+def list_built(store: EngineStore, place: Place) -> set[str]:
+    """Name the components that have an engine of this library for this GPU.
+
+    Its sizes may be too small, or its graph another: that can be mended by building it again. What
+    was left out for this GPU cannot, and is not named.
+
+    Args:
+        store: Has the engines.
+        place: Where they are to run.
+
+    Returns:
+        The components.
+    """
+    return {
+        each.component
+        for each in store.read()[0]
+        if (each.backend, each.version, each.form) == (place.backend, place.version, place.form)
+        and place.capability in each.targets
+        and not each.layers
+    }
 
 
 @dataclass(frozen=True)

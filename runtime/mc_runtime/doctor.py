@@ -6,6 +6,7 @@ addition on every provider of ONNX Runtime.
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -18,11 +19,18 @@ from mc_engines.building.library import BACKENDS, Backend, open_library
 from mc_engines.building.partition import Part
 from mc_engines.building.store import EngineStore, Sidecar
 from mc_engines.device.cuda import Gpu, open_gpu
-from mc_engines.engine_choice import Place, choose_engine, find_hindrance, usual_form
+from mc_engines.device.kernels import compile_kernels
+from mc_engines.engine_choice import (
+    Place,
+    choose_engine,
+    find_hindrance,
+    list_built,
+    usual_form,
+)
 from mc_engines.errors import BundleError, EngineError, MissingExtraError
 from mc_engines.onnxruntime_providers import Provider, try_provider
 from mc_engines.specs import PRECISIONS
-from mc_runtime.device_passes import ON_DEVICE
+from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
 from mc_runtime.families.family import ENGINES
 from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_options, limit_video
 from mc_runtime.pipeline import VideoPipeline
@@ -35,6 +43,7 @@ _PACKAGES: dict[Provider, str] = {
     "cuda": "onnxruntime-gpu",
     "nv-tensorrt-rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
 }
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _MEGABYTE = 10**6
 
 
@@ -98,7 +107,8 @@ def examine(
         ValueError: The sizes are none of a video.
     """
     gpu, finding = _examine_gpu()
-    findings = [_examine_onnxruntime(), finding]
+    compiler = None if gpu is None else _examine_compiler(gpu)
+    findings = [_examine_onnxruntime(), finding, *filter(None, [compiler])]
     providers = _examine_providers(gpu) if findings[0].state == "good" else {}
     findings += providers.values()
     versions: dict[Backend, str] = {}
@@ -117,12 +127,16 @@ def examine(
         for backend in ONNXRUNTIME_BACKENDS
     }
     for backend in BACKENDS:
-        can[backend] = can["cpu"] and gpu is not None and backend in versions
+        can_drive = compiler is not None and compiler.state == "good"
+        can[backend] = can["cpu"] and can_drive and backend in versions
+    if pipeline is not None:
+        options = choose_options(pipeline.default_options, sizes)
+        pipeline.plan(options)  # refuses sizes that no backend can generate
     if pipeline is not None and ENGINES in pipeline.family.not_yet:
         can |= dict.fromkeys(BACKENDS, False)
     elif pipeline is not None:
         store = EngineStore(pipeline.bundle, engines)
-        limits = limit_video(choose_options(pipeline.default_options, sizes))
+        limits = limit_video(options)
         findings += _examine_engines(store, limits, gpu, versions)
         if gpu is not None:
             for backend, version in versions.items():
@@ -182,11 +196,28 @@ def _examine_gpu() -> tuple[Gpu | None, Finding]:
     free, total = gpu.free_bytes()
     (driver,) = gpu.call("cuDriverGetVersion")
     detail = (
-        f"{gpu.name}, compute capability {gpu.capability / 10}, driver for CUDA "
+        f"{gpu.name}, compute capability {gpu.capability / 10}, driver{_find_driver()} for CUDA "
         f"{int(driver) // 1000}.{int(driver) % 1000 // 10}, {free // _MEGABYTE:,} of "
         f"{total // _MEGABYTE:,} MB free"
     )
     return gpu, Finding("GPU", "good", detail)
+
+
+def _find_driver() -> str:
+    """The version of the driver, where its kernel module tells it, with a space before."""
+    text = _DRIVER_FILE.read_text() if _DRIVER_FILE.is_file() else ""
+    found = re.search(r"Module.*?\s(\d+\.\d[.\d]*)\s", text)
+    return f" {found[1]}" if found else ""
+
+
+def _examine_compiler(gpu: Gpu) -> Finding:
+    """Compile the kernel of our own, without which no engine is driven."""
+    name = f"cuda-bindings {find_version('cuda-bindings')}"
+    try:
+        compile_kernels(gpu.capability)
+    except (EngineError, MissingExtraError) as error:
+        return Finding("NVRTC", "bad", f"{name}: {error}", str(error).rpartition(". ")[2])
+    return Finding("NVRTC", "good", f"{name} compiles for this GPU")
 
 
 def _examine_library(backend: Backend) -> Finding:
@@ -237,7 +268,8 @@ def _find_hindrance(
     if gpu is None:
         return "there is no GPU", ""
     if backend is None:
-        return f"{sidecar.backend} is not installed here", ""
+        others = (_examine_library(each).advice for each in BACKENDS if each == sidecar.backend)
+        return f"{sidecar.backend} is not installed here", next(others, "")
     form = next(each for each in PRECISIONS if each == sidecar.form)
     place = Place(backend, versions[backend], gpu.capability, form, limits)
     try:
@@ -266,8 +298,9 @@ def _examine_set(store: EngineStore, place: Place) -> Finding:
 
 
 def _list_missing(store: EngineStore, place: Place) -> list[str]:
-    missing = []
-    for name in ON_DEVICE:
+    """The parts that have to run there and cannot, and those that are built, but not for this."""
+    missing, built = [], list_built(store, place)
+    for name in (*ON_DEVICE, *(part for part in OPTIONAL_PARTS if part in built)):
         try:
             choose_engine(store, Part(name), place)
         except (BundleError, EngineError):

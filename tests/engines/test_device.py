@@ -127,6 +127,21 @@ def test_a_target_that_the_compiler_does_not_know_is_an_error():
     assert len(programs) == 1
 
 
+def test_without_the_compiler_it_is_said_how_to_install_it():
+    """cuda.bindings raises a RuntimeError when it does not find the library."""
+
+    class Gone:
+        def __getattr__(self, name):
+            raise RuntimeError("Failure finding libnvrtc.so")
+
+    with pytest.raises(EngineError) as error:
+        compile_kernels(86, Gone())
+    assert str(error.value) == (
+        "kernels.cu: expected NVRTC, which compiles it, got none. "
+        "Run: pip install 'nvidia-cuda-nvrtc>=13'"
+    )
+
+
 def test_rows_that_are_no_multiple_of_16_bytes_are_refused(gpu):
     mover = RowMover(gpu, b"cubin 86")
     array = allocate_array(gpu, (4, 3), FLOAT, "a", "")

@@ -36,6 +36,7 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(doctor, "open_library", open_library)
     monkeypatch.setattr(doctor, "open_gpu", lambda: Gpu(driver))
+    monkeypatch.setattr(doctor, "compile_kernels", lambda capability: b"cubin")
     return driver
 
 
@@ -143,6 +144,49 @@ def test_engines_of_another_generation_cannot_run_here(machine, tiny_bundle, eng
     assert not diagnosis.can_generate["tensorrt-rtx"]
 
 
+def test_a_part_that_is_built_for_a_smaller_video_is_in_the_way(machine, tiny_bundle, engines):
+    """mc-generate would refuse it; without it ONNX Runtime runs that part."""
+    store_engines(Bundle.open(tiny_bundle), engines, ["vae_decoder_next"])
+    assert examine(tiny_bundle, engines).can_generate["tensorrt-rtx"]
+    (path,) = engines.rglob("vae_decoder_next.*.json")
+    (profile,) = json.loads(path.read_text())["profiles"]
+    rewrite(engines, "vae_decoder_next", profiles=[{name: [[1]] * 3 for name in profile}])
+    diagnosis = examine(tiny_bundle, engines)
+    assert not diagnosis.can_generate["tensorrt-rtx"]
+    assert find(diagnosis, "tensorrt-rtx engines").detail.startswith("vae_decoder_next missing")
+
+
+def test_the_driver_and_what_compiles_for_it_are_told(machine, monkeypatch, tmp_path):
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16\n"
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(doctor, "_DRIVER_FILE", tmp_path / "version")
+    diagnosis = doctor.examine()
+    assert "capability 8.6, driver 580.95.05 for CUDA 13.2," in find(diagnosis, "GPU").detail
+    assert find(diagnosis, "NVRTC").detail.startswith("cuda-bindings ")
+    assert diagnosis.can_generate["tensorrt-rtx"]
+
+    def fail(capability):
+        raise EngineError("kernels.cu: expected NVRTC, got none. Run: pip install nvrtc")
+
+    monkeypatch.setattr(doctor, "compile_kernels", fail)
+    diagnosis = doctor.examine()
+    finding = find(diagnosis, "NVRTC")
+    assert (finding.state, finding.advice) == ("bad", "Run: pip install nvrtc")
+    assert not diagnosis.can_generate["tensorrt-rtx"] and diagnosis.can_generate["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [(("--height", 63), "height: expected "), (("--num-frames", 3), "num_frames: expected ")],
+)
+def test_sizes_of_no_video_are_refused_without_a_gpu_too(monkeypatch, tiny_bundle, sizes, said):
+    def refuse():
+        raise EngineError("GPU: expected an NVIDIA driver, got none.")
+
+    monkeypatch.setattr(doctor, "open_gpu", refuse)
+    assert said in run("--doctor", tiny_bundle, *sizes, code=2).output
+
+
 def test_one_engine_too_few_and_generation_cannot_run(machine, tiny_bundle, engines):
     for path in engines.rglob("combine.*"):
         path.unlink()
@@ -194,6 +238,8 @@ def test_an_engine_is_held_against_what_generation_asks_for(
     finding = find(diagnosis, name)
     assert finding.state == "absent" and finding.detail.endswith(said)
     assert (finding.advice == build_command(tiny_bundle, engines)) is advised
+    if "backend" in changes:
+        assert finding.advice.endswith("Run: pip install 'motioncache[trt]'")
     assert not diagnosis.can_generate["tensorrt-rtx"] and diagnosis.can_generate["cpu"]
 
 

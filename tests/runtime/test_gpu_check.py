@@ -42,7 +42,8 @@ def report(tiny_bundle, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "open_library", lambda backend: library)
     monkeypatch.setattr(opening, "open_gpu", lambda ordinal: Gpu(driver))
     monkeypatch.setattr(doctor, "open_gpu", lambda: Gpu(driver))
-    monkeypatch.setattr(opening, "compile_kernels", lambda capability: b"cubin 86")
+    for module in (opening, doctor):
+        monkeypatch.setattr(module, "compile_kernels", lambda capability: b"cubin 86")
     bundle, folder = Bundle.open(tiny_bundle), tmp_path / "engines"
     store_engines(bundle, folder, (*ON_DEVICE, *OPTIONAL_PARTS))
     limits = VideoLimits(32, 32, 17, 5)

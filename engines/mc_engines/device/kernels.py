@@ -39,7 +39,13 @@ def compile_kernels(capability: int, nvrtc: Any = None) -> bytes:
     code = files("mc_engines.device").joinpath(_SOURCE).read_bytes()
 
     def call(function: str, *arguments: Any) -> Any:
-        status, *values = getattr(nvrtc, function)(*arguments)
+        try:
+            status, *values = getattr(nvrtc, function)(*arguments)
+        except RuntimeError as error:  # cuda.bindings finds no library of NVRTC
+            raise EngineError(
+                f"{_SOURCE}: expected NVRTC, which compiles it, got none. "
+                "Run: pip install 'nvidia-cuda-nvrtc>=13'"
+            ) from error
         if int(status) != 0:
             reason = nvrtc.nvrtcGetErrorString(status)[1].decode()
             if function == "nvrtcCompileProgram":

@@ -17,7 +17,7 @@ from mc_engines.bundle import Bundle
 from mc_engines.device.cuda import open_gpu
 from mc_engines.device.device import Device, Plan
 from mc_engines.device.kernels import compile_kernels
-from mc_engines.engine_choice import Place, check_form, choose_engine, read_plan
+from mc_engines.engine_choice import Place, check_form, choose_engine, list_built, read_plan
 from mc_engines.manifest import CACHE_SUFFIX
 from mc_engines.specs import Precision
 
@@ -71,10 +71,7 @@ def open_device(bundle: Bundle, options: DeviceOptions, components: Sequence[str
 
 
 def list_components(bundle: Bundle, options: DeviceOptions) -> set[str]:
-    """Name the components that have an engine of this library for this GPU.
-
-    Its sizes may be too small, or its graph another: that can be mended by building it again. What
-    was left out for this GPU cannot, and is not named.
+    """Name the components that have an engine of this library for this GPU, as `list_built` does.
 
     Args:
         bundle: An opened bundle.
@@ -87,16 +84,9 @@ def list_components(bundle: Bundle, options: DeviceOptions) -> set[str]:
         MissingExtraError: A library is not installed.
         EngineError: There is no GPU.
     """
-    version = open_library(options.backend).version
-    capability = open_gpu(options.ordinal).capability
-    sidecars, _ = EngineStore(bundle, options.engines).read()
-    return {
-        each.component
-        for each in sidecars
-        if (each.backend, each.version, each.form) == (options.backend, version, options.form)
-        and capability in each.targets
-        and not each.layers
-    }
+    library, gpu = open_library(options.backend), open_gpu(options.ordinal)
+    place = Place(options.backend, library.version, gpu.capability, options.form, options.limits)
+    return list_built(EngineStore(bundle, options.engines), place)
 
 
 def _read(store: EngineStore, component: str, place: Place) -> Plan:
