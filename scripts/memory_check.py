@@ -103,7 +103,7 @@ def check_block(bundle: Path, settings: Mapping[str, Any]) -> Check:
     model = describe_model(str(bundle))
     f, tokens = model.flops, settings["tokens"]
     keys = tokens * settings["chunks"]
-    window = WindowShape(1, model.heads, f.dim, f.ffn_dim, tokens, keys)
+    window = WindowShape(1, model.config["transformer"]["heads"], f.dim, f.ffn_dim, tokens, keys)
     fused, arena = takes_fused(window, keys), Arena()
     arena.run(record_block(window, keys, fused), settings["runs"])
     process, libraries = measure_process()

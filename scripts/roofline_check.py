@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mc_runtime.bench.devices import DEVICES
 from mc_runtime.bench.predict import Efficiency
 from mc_runtime.bench.predicted_model import describe_model
-from mc_runtime.bench.roofline import EngineCosts, Limits, Schedule, predict_run
+from mc_runtime.bench.roofline import EngineCosts, Limits, predict_run
 from mc_runtime.flops import Job, vanilla_work
 from mc_runtime.options import GenerationOptions
 from mc_runtime.published_flops import published_causal_work
@@ -110,7 +110,7 @@ def predict_published() -> dict[str, Row]:
     device, efficiency = DEVICES["a800"], Efficiency()
     rate = device.flops["bf16"]
     limits = Limits(rate, rate, device.bandwidth, efficiency.flops, efficiency.bandwidth)
-    costs = EngineCosts(model.flops, plan.shape.active.shape[1] * plan.shape.tokens, 2, 2)
+    costs = EngineCosts(model.flops, 0, 2, 2)
     nothing_skipped = published_causal_work(model.flops, job).total
     rows = {}
     for method, (petaflops, published) in PUBLISHED.items():
@@ -119,7 +119,7 @@ def predict_published() -> dict[str, Row]:
             predicted = work / (rate * efficiency.flops)
         else:
             work = petaflops * 10**15
-            schedule = Schedule.of_plan(plan, TEXT, work / nothing_skipped)
+            schedule = model.lay_out(options, plan, work / nothing_skipped)
             predicted = float(predict_run(costs, schedule, limits).seconds[1])
         rows[method] = Row(published, predicted, work / published / rate)
     return rows

@@ -5,8 +5,9 @@ Neighbours: `mc-export --dry-run` prints it for a checkpoint, `mc-bench predict`
 Symbols: L tokens of a chunk, S tokens of a window, T text tokens, C channels, H heads.
 """
 
-__all__ = ["TEXT_TOKENS", "Kept", "RunSizes", "WindowShape", "plan_run_sizes"]
+__all__ = ["TEXT_TOKENS", "Kept", "RunSizes", "WindowShape", "count_kept_chunks", "plan_run_sizes"]
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES
@@ -107,6 +108,31 @@ class RunSizes:
     pass_fused: int
     decode: int
     peak: int
+
+
+def count_kept_chunks(
+    chunks: int, window_chunks: int, kv_ranges: Sequence[int], clean_ranges: Iterable[int]
+) -> int:
+    """Count the chunks whose keys have to be kept at once, where chunks pass through stages.
+
+    Args:
+        chunks: Of the video.
+        window_chunks: That are denoised together, each in a stage of its own.
+        kv_ranges: By stage, how many chunks a chunk sees, itself included; empty for all.
+        clean_ranges: The same of every kind of clean pass.
+
+    Returns:
+        The most that lie between the first that anything sees and the newest.
+
+    Example:
+        >>> count_kept_chunks(7, 4, [5, 4, 3, 2], [1])
+        5
+    """
+    if not kv_ranges:
+        return chunks
+    # How far each active chunk sees beyond the oldest, and its clean pass.
+    beyond = (size - 1 - place for place, size in enumerate(reversed(kv_ranges)))
+    return min(chunks, window_chunks + max(*beyond, *clean_ranges))
 
 
 def plan_run_sizes(

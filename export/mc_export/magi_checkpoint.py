@@ -8,6 +8,7 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/common/config.py and inference/infr
 
 __all__ = [
     "ACCEPTED_LAYOUT",
+    "DURATIONS",
     "SPECIAL_TOKENS_FILE",
     "TEXT_ENCODER_FOLDER",
     "TILES_PER_SECOND",
@@ -46,6 +47,7 @@ CHUNK_FRAMES = 6
 SPATIAL_FACTOR = 8
 TILES_PER_SECOND = 2  # of video, that the original codes one after the other
 SPECIAL_TOKENS = 20
+DURATIONS = 8  # of them, each for another number of chunks left
 _MODEL_KEYS = next(iter(MAGI.values())).transformer.keys() - {"distill"}
 _RUNTIME_KEYS = (
     *("cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales"),

@@ -18,6 +18,7 @@ from mc_export.component import ComponentSource
 from mc_export.family import Family, Table, VideoSizes
 from mc_export.magi_checkpoint import (
     ACCEPTED_LAYOUT,
+    DURATIONS,
     SPECIAL_TOKENS_FILE,
     TEXT_ENCODER_FOLDER,
     TILES_PER_SECOND,
@@ -27,13 +28,14 @@ from mc_export.magi_checkpoint import (
 )
 from mc_export.magi_components import null_caption, transformer_components
 from mc_export.magi_config import describe_transformer, transformer_tensors
+from mc_export.magi_size_plan import plan_magi, render_magi
 from mc_export.magi_vae_components import (
     describe_vae,
     vae_components,
     vae_positions,
     vae_tensors,
 )
-from mc_export.size_plan import plan_components, render_components
+from mc_export.size_plan import plan_components
 from mc_export.t5 import (
     describe_text_encoder,
     text_embedding_table,
@@ -130,11 +132,26 @@ def _missing(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _plan(checkpoint: Checkpoint, dtype: torch.dtype, model: str, video: VideoSizes) -> str:
+    settings, sizes = checkpoint.scheduler or {}, dict(video)
+    if (frames := sizes.pop("base_num_frames", None)) is not None:
+        raise ValueError(
+            "base_num_frames: expected none, as a video of MAGI-1 is one window, got "
+            f"{frames}. Leave it out."
+        )
+    height, width = (sizes[name] or settings[f"video_size_{name[0]}"] for name in sizes)
+    special = checkpoint.path / SPECIAL_TOKENS_FILE
+    plan = plan_magi(
+        checkpoint.transformer.config,
+        settings,
+        height=height,
+        width=width,
+        captions=DURATIONS if special.is_file() else 1,
+    )
     sources = (source for _, source in _components(checkpoint))
     tables = {table.name: table.load() for table in _tables(checkpoint)}
     components = plan_components(sources, tables, dtype)
-    lines = render_components(components, dtype)
-    return "\n".join([*lines, "", "What a run takes is not planned yet for this family."])
+    size = f"{height} x {width} pixels, {settings['num_frames']} frames"
+    return render_magi(size, plan, components, dtype)
 
 
 MAGI_FAMILY = Family(

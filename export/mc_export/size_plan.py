@@ -4,16 +4,17 @@ Parameters are counted from the shapes that the adapters expect of a checkpoint,
 no second formula for them. Bytes are decimal: 1 GB is 10^9.
 
 Neighbours: `plan_run_sizes` says what a run holds in memory; a family's adapter says which of the
-two plans here is its own.
+plans here are its own; `size_table` prints them.
 """
 
 __all__ = [
     "ComponentSize",
     "SizePlan",
+    "count_positions",
+    "estimate_export",
     "plan_components",
+    "plan_runs",
     "plan_sizes",
-    "render_components",
-    "render_plan",
 ]
 
 import math
@@ -135,7 +136,7 @@ def plan_sizes(
     Raises:
         ValueError: The sizes are no whole number of patches or chunks.
     """
-    chunk_tokens = chunk * _positions(height, width, spatial_factor, transformer["patch_size"])
+    chunk_tokens = chunk * count_positions(height, width, spatial_factor, transformer["patch_size"])
     window_tokens = chunk_tokens * _chunks(base_num_frames, chunk)
     components = tuple(
         component
@@ -143,15 +144,10 @@ def plan_sizes(
         for component in _components(part, shapes, dtype.itemsize)
     )
     window = _describe_window(transformer, chunk_tokens, window_tokens)
-    cpu = _plan_cpu(
-        window,
-        weights=0 if dtype == torch.float32 else _held_weights(components),
-        decode=_decoding_bytes(
-            parts.get("vae", {}), (height // spatial_factor, width // spatial_factor), window, chunk
-        ),
+    cpu, device = plan_runs(window, components, dtype)
+    decode = _decoding_bytes(
+        parts.get("vae", {}), (height // spatial_factor, width // spatial_factor), window, chunk
     )
-    resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
-    device = plan_run_sizes(window, value_bytes=2, weights=2 * resident, decode=0)
     return SizePlan(
         dtype=dtype,
         video=(height, width, base_num_frames),
@@ -159,8 +155,8 @@ def plan_sizes(
         window_tokens=window_tokens,
         components=components,
         bundle=sum(component.bytes for component in components),
-        export_peak=_export_peak(components, dtype.itemsize),
-        cpu=cpu,
+        export_peak=estimate_export(components, dtype.itemsize),
+        cpu=_hold_arenas(cpu, window, decode),
         device=device,
     )
 
@@ -210,13 +206,32 @@ def _describe_window(
     )
 
 
-def _plan_cpu(window: WindowShape, weights: int, decode: int) -> RunSizes:
-    """Plan a run in ONNX Runtime, which gives nothing back: passes and decoding add up."""
-    sizes = plan_run_sizes(window, value_bytes=4, weights=weights, decode=decode)
+def plan_runs(
+    window: WindowShape, components: tuple[ComponentSize, ...], dtype: torch.dtype
+) -> tuple[RunSizes, RunSizes]:
+    """Plan what a run holds, by arithmetic alone.
+
+    Args:
+        window: The largest of the run.
+        components: Of the bundle.
+        dtype: Weights are stored in it.
+
+    Returns:
+        A run in float32 in ONNX Runtime, without what its arenas keep, and one in 16 bit whose
+        transformer and caches lie on a device.
+    """
+    weights = 0 if dtype == torch.float32 else _held_weights(components)
+    cpu = plan_run_sizes(window, value_bytes=4, weights=weights, decode=0)
+    resident = sum(c.parameters for c in components if c.name in _COMPONENTS["transformer"])
+    return cpu, plan_run_sizes(window, value_bytes=2, weights=2 * resident, decode=0)
+
+
+def _hold_arenas(sizes: RunSizes, window: WindowShape, decode: int) -> RunSizes:
+    """Put in what ONNX Runtime keeps, which gives nothing back: passes and decoding add up."""
     plain, fused = hold_blocks(window)
-    held = sizes.kv + sizes.context + sizes.residual + weights
+    held = sizes.kv + sizes.context + sizes.residual + sizes.weights
     peak = held + plain + fused + decode
-    return replace(sizes, pass_plain=plain, pass_fused=fused, peak=peak)
+    return replace(sizes, pass_plain=plain, pass_fused=fused, decode=decode, peak=peak)
 
 
 def _decoding_bytes(
@@ -241,10 +256,23 @@ def _describe_decoder(vae: Mapping[str, Shape]) -> DecoderShape:
     return DecoderShape(vae["decoder.conv_in.weight"][1], tuple(levels))
 
 
-def _positions(
+def count_positions(
     height: int, width: int, spatial_factor: int, patch_size: tuple[int, int, int]
 ) -> int:
-    """Tokens of a latent frame."""
+    """Count the tokens of a latent frame.
+
+    Args:
+        height: Pixels.
+        width: Pixels.
+        spatial_factor: Pixels per latent along each side.
+        patch_size: Latents of a token along time, height and width.
+
+    Returns:
+        The count.
+
+    Raises:
+        ValueError: The sizes are no whole number of patches.
+    """
     sides = [spatial_factor * patch for patch in patch_size[1:]]
     for name, size, side in zip(("height", "width"), (height, width), sides, strict=True):
         if size < side or size % side:
@@ -311,73 +339,18 @@ def _held_weights(components: tuple[ComponentSize, ...]) -> int:
     return total if total <= HELD_WEIGHTS_BYTES else _layer_bytes(components, "block", 4)
 
 
-def _export_peak(components: tuple[ComponentSize, ...], itemsize: int) -> int:
-    """The largest layer or baked component: as stored, in float32 in torch and in the engine."""
+def estimate_export(components: tuple[ComponentSize, ...], itemsize: int) -> int:
+    """Estimate the memory that an export takes beside mapped files.
+
+    Args:
+        components: Of the bundle.
+        itemsize: Bytes of a stored weight.
+
+    Returns:
+        Bytes: the largest layer or baked component, as stored, in float32 in torch and in the
+        engine.
+    """
     copies = itemsize + 4 + 4
     return _PROCESS_BYTES + max(
         _layer_bytes(components, c.name, copies) for c in components if c.name != _TABLE
     )
-
-
-_RUN_ROWS = {
-    "KV cache, one branch": "kv_per_branch",
-    "KV cache, both branches": "kv",
-    "text keys and values, both branches": "context",
-    "residual, both branches": "residual",
-    "resident weights": "weights",
-    "passes with plain attention": "pass_plain",
-    "  its scores": "scores",
-    "passes with fused attention": "pass_fused",
-    "  its q, k, v": "qkv",
-    "  its feed-forward": "ffn",
-    "decoding": "decode",
-    "peak": "peak",
-}
-
-
-def render_plan(plan: SizePlan) -> str:
-    """Write the plan as a table.
-
-    Args:
-        plan: What `plan_sizes` gave.
-
-    Returns:
-        Lines of plain text: the bundle's components, the export, a run on the CPU and on a device.
-    """
-    height, width, frames = plan.video
-    lines = [
-        *render_components(plan.components, plan.dtype),
-        "",
-        f"{height} x {width} pixels, {frames} frames a window, {plan.chunk_tokens:,} tokens a "
-        f"chunk, {plan.window_tokens:,} a window",
-        f"{'run (GB)':<40}{'CPU, float32':>14}{'device, 16 bit':>16}",
-    ]
-    lines += [
-        f"{label:<40}{getattr(plan.cpu, row) / 1e9:>14.3f}{getattr(plan.device, row) / 1e9:>16.3f}"
-        for label, row in _RUN_ROWS.items()
-    ]
-    return "\n".join(lines)
-
-
-def render_components(components: tuple[ComponentSize, ...], dtype: torch.dtype) -> list[str]:
-    """Write the table of a bundle's components, and of what their export takes.
-
-    Args:
-        components: What `plan_sizes` or `plan_components` counted.
-        dtype: Weights are stored in it.
-
-    Returns:
-        Lines of plain text.
-    """
-    stored = str(dtype).removeprefix("torch.")
-    bundle = sum(component.bytes for component in components)
-    peak = _export_peak(components, dtype.itemsize)
-    return [
-        f"{'component':<24}{'layers':>8}{'parameters':>18}{stored + ' (GB)':>18}",
-        *(
-            f"{c.name:<24}{c.layers:>8}{c.parameters:>18,}{c.bytes / 1e9:>18.3f}"
-            for c in components
-        ),
-        f"{'bundle':<50}{bundle / 1e9:>18.3f}",
-        f"{'export, peak (estimate)':<50}{peak / 1e9:>18.3f}",
-    ]

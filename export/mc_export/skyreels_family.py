@@ -18,7 +18,8 @@ from mc_export.checkpoint import ACCEPTED_FORMS, Checkpoint, Part, load_checkpoi
 from mc_export.component import ComponentSource
 from mc_export.family import Family, Table, VideoSizes
 from mc_export.fetch import fetch_checkpoint
-from mc_export.size_plan import plan_sizes, render_plan
+from mc_export.size_plan import plan_sizes
+from mc_export.size_table import render_plan
 from mc_export.skyreels_components import (
     describe_transformer,
     transformer_components,

@@ -15,6 +15,7 @@ __all__ = [
     "DueCounts",
     "Job",
     "ModelFlops",
+    "Sight",
     "Work",
     "causal_blocks",
     "chunk_causal_work",
@@ -81,19 +82,6 @@ class ModelFlops:
             ffn_matrices=3 if config.get("gated_ffn") else 2,
             text_matrices=config.get("text_projection_layers", 2),
             condition_dim=config.get("condition_dim", 0),
-        )
-
-    @classmethod
-    def from_published(cls, config: Mapping[str, Any]) -> "ModelFlops":
-        """Read a published configuration, diffusers' keys."""
-        patch = math.prod(config["patch_size"])
-        return cls(
-            layers=config["num_layers"],
-            dim=config["num_attention_heads"] * config["attention_head_dim"],
-            ffn_dim=config["ffn_dim"],
-            text_dim=config["text_dim"],
-            patch_in=patch * config["in_channels"],
-            patch_out=patch * config["out_channels"],
         )
 
     def embed(self, tokens: int) -> int:
@@ -219,13 +207,53 @@ def count_due(job: Job) -> DueCounts:
     return DueCounts(*passes)
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What the passes of a run see, and which texts are encoded.
+
+    A pass sees its own chunk and all before it, and the text of its branch; a run where that is not
+    so says it: `visible`, `clean_text_tokens`, and `encoded_tokens` where that is not one text for
+    each branch. `partial_head` says that reused tokens do not meet the head.
+
+    Attributes:
+        visible: Chunks whose keys each pass sees, its own included; shape (rows, branches, chunks).
+        text: Tokens of text that each pass sees; same shape.
+        encoded: Tokens of every text whose keys are computed.
+        partial_head: Whether the head runs for recomputed tokens alone.
+    """
+
+    visible: NDArray[np.int64]
+    text: NDArray[np.int64]
+    encoded: tuple[int, ...]
+    partial_head: bool
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any], mode: NDArray[np.int8]) -> "Sight":
+        """Read what a trace says of its run.
+
+        Args:
+            run: As `Family.describe` gives it.
+            mode: A `Mode` for every pass, shape (rows, branches, chunks).
+
+        Returns:
+            What the passes see.
+        """
+        chunks = np.arange(1, mode.shape[2] + 1)
+        text = np.broadcast_to(np.array(run["text_tokens"])[:, None], mode.shape)
+        return cls(
+            np.broadcast_to(run.get("visible") or chunks, mode.shape),
+            np.where(mode == Mode.CLEAN, run.get("clean_text_tokens") or text, text),
+            tuple(run.get("encoded_tokens") or run["text_tokens"]),
+            bool(run.get("partial_head")),
+        )
+
+
 def count_work(flops: ModelFlops, trace: DecisionTrace, *, padded: bool) -> Work:
     """Count what a run did.
 
     A chunk is embedded once per step or clean pass, for all branches; the head runs once per step
-    and branch, for all L tokens; the text is projected, and its keys computed, once per branch.
-    Where that is not so, the run says it: `visible`, the chunks that each pass sees,
-    `encoded_tokens` of every text, `clean_text_tokens`, and `partial_head`.
+    and branch, for all L tokens; the text is projected, and its keys computed, once per branch;
+    where that is not so, the run says it (`Sight`).
 
     Args:
         flops: Of the model.
@@ -236,21 +264,17 @@ def count_work(flops: ModelFlops, trace: DecisionTrace, *, padded: bool) -> Work
     Returns:
         The operations, clean passes included.
     """
-    tokens, run = trace.recompute.shape[-1], trace.run
+    tokens = trace.recompute.shape[-1]
     busy, clean = trace.mode != Mode.IDLE, trace.mode == Mode.CLEAN
     asked = (trace.recompute == 1).sum(-1) * (busy & ~clean) + tokens * clean
     computed = (trace.bucket * busy if padded else asked).astype(np.int64)
-    chunks = np.arange(1, computed.shape[2] + 1)
-    seen = np.broadcast_to(run.get("visible") or chunks, computed.shape)
-    text = np.broadcast_to(np.array(run["text_tokens"])[:, None], computed.shape)
-    text = np.where(clean, run.get("clean_text_tokens") or text, text)
-    headed = computed[~clean].sum() if run.get("partial_head") else tokens * (busy & ~clean).sum()
-    encoded = run.get("encoded_tokens") or run["text_tokens"]
+    sight = Sight.of_run(trace.run, trace.mode)
+    headed = computed[~clean].sum() if sight.partial_head else tokens * (busy & ~clean).sum()
     return Work(
         embed=flops.embed(tokens * int(busy.any(1).sum())),
-        text_projection=sum(map(flops.text_projection, encoded)),
-        text_keys=sum(map(flops.text_keys, encoded)),
-        blocks=int(flops.blocks(computed, tokens * seen, text).sum()),
+        text_projection=sum(map(flops.text_projection, sight.encoded)),
+        text_keys=sum(map(flops.text_keys, sight.encoded)),
+        blocks=int(flops.blocks(computed, tokens * sight.visible, sight.text).sum()),
         head=flops.head(int(headed)),
     )
 

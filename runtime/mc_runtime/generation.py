@@ -117,7 +117,9 @@ def generate_chunks(
         Each chunk as soon as it is clean, first those of a given prefix. Together they are the
         video. Its iterator raises EngineError where an engine fails or computes NaN.
     """
-    described = _describe(inputs, plan, policy) | family.describe(inputs, plan)
+    described = _describe(inputs, plan, policy) | family.describe(
+        inputs.config, inputs.options, plan, inputs.tokens
+    )
     trace = DecisionTrace.empty(plan.shape, described)
     chunks = _generate(family, inputs, plan, passes, decoder, policy, callback, trace)
     return Generation(trace, chunks)

@@ -39,6 +39,11 @@ class Inputs:
     config: Mapping[str, Any]
     bundle: str
 
+    @property
+    def tokens(self) -> list[int]:
+        """How many each embedding has."""
+        return [embedding.shape[1] for embedding in self.embeddings]
+
 
 def check_policy(policy: Policy, shape: RunShape, note: Callable[[str], None]) -> None:
     """Refuse a policy that does not fit a run; note one whose preset was made for another.

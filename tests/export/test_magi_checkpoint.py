@@ -274,7 +274,7 @@ def test_a_dry_run_counts_what_the_bundle_holds():
     assert rows["block"][:2] == ["2", f"{2 * layer:,}"]
     assert rows["null_text"][:2] == ["1", f"{50 * 32:,}"]
     assert rows["timestep"][1] == f"{257 * 32 + 33 * 32 + 33 * 32 + 2 * 32:,}"
-    assert "What a run takes is not planned yet for this family." in result.stdout
+    assert "64 x 96 pixels, 120 frames, 144 tokens a chunk; keys of 5 + 4 chunks" in result.stdout
 
 
 def test_tables_and_components_are_counted_in_their_type():

@@ -13,7 +13,8 @@ from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
 from mc_engines.run_tapes import DecoderShape
 from mc_export.component import ComponentSource
 from mc_export.random_source import RandomSource
-from mc_export.size_plan import SizePlan, plan_sizes, render_plan
+from mc_export.size_plan import SizePlan, plan_sizes
+from mc_export.size_table import render_plan
 from mc_export.skyreels_components import transformer_components, transformer_tensors
 from mc_export.t5 import text_encoder_components, text_encoder_tensors
 from mc_export.wan_vae_components import vae_components, vae_tensors

@@ -18,13 +18,11 @@ from functools import cache
 from mc_engines.errors import EngineError
 from mc_engines.host_sizes import hold_blocks, hold_decoder
 from mc_engines.onnxruntime_runner import HELD_WEIGHTS_BYTES
-from mc_engines.run_sizes import WindowShape, plan_run_sizes
+from mc_engines.run_sizes import plan_run_sizes
 from mc_runtime.bench.devices import Device
 from mc_runtime.bench.memory_plan import USABLE
 from mc_runtime.bench.predicted_model import Model
 from mc_runtime.options import GenerationOptions
-from mc_runtime.run_plan import RunPlan, plan_run
-from mc_runtime.schedule import validate_options
 
 _BYTES = 4  # of a float32, in which everything is computed
 # A session beyond the weights inside: measured with ONNX Runtime 1.31, where opening the twelve of
@@ -120,14 +118,11 @@ def plan_host(model: Model, options: GenerationOptions, prefix: int = 0) -> Host
         ValueError: A setting that cannot be generated.
         EngineError: This system does not tell what a process holds.
     """
-    validate_options(options, prefix, model.grid)
-    plan = plan_run(options, prefix, model.grid)
-    window = describe_window(model, plan)
+    window = model.describe_window(options, model.plan(options, prefix))
     process, libraries = measure_process()
     cast = model.stored_bytes != _BYTES
-    f = model.flops
-    block = 6 * f.dim**2 + 2 * f.dim * f.ffn_dim
-    held = _BYTES * block * f.layers
+    block = model.flops.block_weights
+    held = _BYTES * block * window.layers
     if held > HELD_WEIGHTS_BYTES:
         held = _BYTES * block
     sizes = plan_run_sizes(window, value_bytes=_BYTES, weights=0, decode=0)
@@ -144,19 +139,9 @@ def plan_host(model: Model, options: GenerationOptions, prefix: int = 0) -> Host
         **_plan_decoding(model, options),
     }
     layer = model.stored_bytes * block
-    stored = layer if cast else layer * f.layers + _BYTES * model.graph_weights
+    stored = layer if cast else layer * window.layers + _BYTES * model.graph_weights
     encoding = None if model.text_layer is None else _BYTES * model.text_layer
     return HostPlan(anonymous, encoding, {"libraries": libraries, "weights": stored})
-
-
-def describe_window(model: Model, plan: RunPlan) -> WindowShape:
-    """Describe the largest window of a run, with the prompts of the model."""
-    f, shape = model.flops, plan.shape
-    tokens = shape.tokens * shape.active.shape[1]
-    return WindowShape(
-        *(f.layers, model.heads, f.dim, f.ffn_dim, shape.tokens, tokens, shape.branches),
-        model.text_tokens,
-    )
 
 
 def _plan_decoding(model: Model, options: GenerationOptions) -> dict[str, int]:

@@ -5,19 +5,25 @@ names does fit. Neighbours: `predict` reports both; `plan_run_sizes` has the ari
 plans a run on this CPU.
 """
 
-__all__ = ["DTYPES", "USABLE", "MemoryPlan", "Plan", "Way", "find_ways_to_fit", "plan_memory"]
+__all__ = [
+    "DTYPES",
+    "USABLE",
+    "MemoryPlan",
+    "Plan",
+    "Way",
+    "find_ways_to_fit",
+    "plan_memory",
+    "write_flag",
+]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
+from mc_engines.run_sizes import RunSizes, plan_run_sizes
 from mc_runtime.bench.devices import Device
 from mc_runtime.bench.predicted_model import Model
 from mc_runtime.bench.roofline import EngineCosts
-from mc_runtime.options import GenerationOptions
-from mc_runtime.run_plan import plan_run
-from mc_runtime.schedule import validate_options
 
 USABLE = 0.95  # of a memory; the rest is the driver's and other programs', assumed
 # Bytes of a weight, bytes of an activation, the type in which activations are multiplied.
@@ -94,7 +100,7 @@ class Way:
 
 def plan_memory(
     model: Model,
-    options: GenerationOptions,
+    options: Any,
     dtype: str,
     *,
     prefix: int = 0,
@@ -105,7 +111,7 @@ def plan_memory(
 
     Args:
         model: That runs.
-        options: Of the run.
+        options: Of the run, of the kind that the model's family has.
         dtype: Of the engines, a key of `DTYPES`.
         prefix: Latent frames of a video that is continued.
         streamed: Only two layers of the blocks' weights are there at a time.
@@ -117,18 +123,13 @@ def plan_memory(
     Raises:
         ValueError: A setting that cannot be generated.
     """
-    validate_options(options, prefix, model.grid)
-    shape = plan_run(options, prefix, model.grid).shape
+    window = model.describe_window(options, model.plan(options, prefix))
     weight_bytes, value_bytes, _ = DTYPES[dtype]
-    f, window = model.flops, shape.tokens * shape.active.shape[1]
-    costs = EngineCosts(f, window, weight_bytes, value_bytes)
-    held = WindowShape(
-        f.layers, model.heads, f.dim, f.ffn_dim, shape.tokens, window, shape.branches
-    )
+    costs = EngineCosts(model.flops, 0, weight_bytes, value_bytes)
     sizes = plan_run_sizes(
-        held,
+        window,
         value_bytes=value_bytes,
-        weights=costs.held_weights(_STREAMED_LAYERS if streamed else f.layers),
+        weights=costs.held_weights(_STREAMED_LAYERS if streamed else window.layers),
         decode=0,
         fused=True,
     )
@@ -137,9 +138,10 @@ def plan_memory(
         text = model.text_layer * value_bytes
     if vae_on_cpu:
         vae = 0
-    elif model.vae_weights is not None and model.decoder is not None:
+    elif model.vae_weights is not None:
         positions = options.height * options.width // model.grid.spatial_factor**2
-        vae = (model.vae_weights + 2 * model.decoder.state_values() * positions) * value_bytes
+        states = 0 if model.decoder is None else 2 * model.decoder.state_values() * positions
+        vae = (model.vae_weights + states) * value_bytes
     return MemoryPlan(sizes, text, vae)
 
 
@@ -165,16 +167,15 @@ class _Change:
 
 _STREAMED = _Change(("streamed weights (--max-vram)",), streamed=True)
 _NO_VAE = _Change(("the VAE on the CPU (without engines of it)",), vae_on_cpu=True)
-_UNGUIDED = _Change(("no guidance (--guidance-scale 1)",), {"guidance_scale": 1.0})
 
 
 def find_ways_to_fit(
     model: Model,
-    options: GenerationOptions,
+    options: Any,
     dtype: str,
     device: Device,
     prefix: int = 0,
-    host: Callable[[GenerationOptions], Plan] | None = None,
+    host: Callable[[Any], Plan] | None = None,
 ) -> list[Way]:
     """Find changes after which a run fits, of each kind the mildest.
 
@@ -209,9 +210,12 @@ def find_ways_to_fit(
 
     # Where the host shares the memory, moving something there frees nothing.
     no_vae = [] if device.shared_memory or model.vae_weights is None else [_NO_VAE]
-    unguided = [_UNGUIDED] if options.guidance_scale > 1 else []
-    shorter, smaller = list(_shorten(model, options)), list(_shrink(model, options))
-    kinds = [no_vae, list(_narrow(dtype, device)), unguided, shorter, smaller]
+    savings = [
+        [_change_settings(saving.words, saving.settings) for saving in kind]
+        for kind in model.family.savings(model.config, options, model.grid)
+    ]
+    smaller = list(_shrink(model, options))
+    kinds = [no_vae, list(_narrow(dtype, device)), *savings, smaller]
     streaming = [] if host is not None else [_STREAMED]
     streamed = first(streaming)
     ways = streamed + [way for kind in kinds for way in first(kind)]
@@ -220,7 +224,7 @@ def find_ways_to_fit(
         beside = (way for kind in kinds for way in first(each + _STREAMED for each in kind))
         # One that streaming does not make milder is not worth it.
         ways += [way for way in beside if replace(way, change="", peak=0) not in plain]
-    least = sum((kind[-1] for kind in (streaming, no_vae, unguided, shorter) if kind), _Change(()))
+    least = sum((kind[-1] for kind in (streaming, no_vae, *savings) if kind), _Change(()))
     return ways or first(each + least for each in smaller)
 
 
@@ -232,26 +236,7 @@ def _narrow(dtype: str, device: Device) -> Iterator[_Change]:
             yield _Change((f"smaller weights (--dtype {other}{unbuilt})",), dtype=other)
 
 
-def _shorten(model: Model, options: GenerationOptions) -> Iterator[_Change]:
-    """Windows of fewer chunks, and overlaps that they can have."""
-    size, grid = options.causal_block_size, model.grid
-    overlap = grid.latent_frames(options.overlap_history)
-    frames = min(options.num_frames, options.base_num_frames)
-    for chunks in range((grid.latent_frames(frames) - 1) // size, 1, -1):
-        base = grid.pixel_frames(chunks * size)
-        for kept in dict.fromkeys((overlap, *(size * count for count in range(chunks - 1, 0, -1)))):
-            settings: dict[str, Any] = {"base_num_frames": base}
-            if kept != overlap:
-                settings["overlap_history"] = grid.pixel_frames(kept)
-            try:
-                validate_options(replace(options, **settings), 0, grid)
-            except ValueError:
-                continue
-            yield _Change((f"shorter windows ({_write_flags(settings)})",), settings)
-            break
-
-
-def _shrink(model: Model, options: GenerationOptions) -> Iterator[_Change]:
+def _shrink(model: Model, options: Any) -> Iterator[_Change]:
     """Smaller frames of about the same shape."""
     units = (model.grid.spatial_factor * patch for patch in model.grid.patch_size[1:])
     sides = dict(zip(("height", "width"), units, strict=True))
@@ -260,8 +245,18 @@ def _shrink(model: Model, options: GenerationOptions) -> Iterator[_Change]:
             name: max(1, round(getattr(options, name) * share / 16 / unit)) * unit
             for name, unit in sides.items()
         }
-        yield _Change((f"a smaller video ({_write_flags(settings)})",), settings)
+        yield _change_settings("a smaller video", settings)
 
 
-def _write_flags(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+def _change_settings(words: str, settings: Mapping[str, Any]) -> _Change:
+    """A change whose words name its flags."""
+    flags = " ".join(write_flag(name, value) for name, value in settings.items())
+    return _Change((f"{words} ({flags})",), settings)
+
+
+def write_flag(name: str, value: Any) -> str:
+    """Write a setting as a flag of the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"

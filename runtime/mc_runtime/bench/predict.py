@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from mc_engines.errors import require
-from mc_engines.run_sizes import TEXT_TOKENS
 from mc_runtime.bench.devices import THIS_CPU, Device, find_device
 from mc_runtime.bench.host_plan import HostPlan, plan_host
 from mc_runtime.bench.memory_plan import (
@@ -30,27 +29,33 @@ from mc_runtime.bench.memory_plan import (
     Plan,
     find_ways_to_fit,
     plan_memory,
+    write_flag,
 )
-from mc_runtime.bench.predicted_model import Model
+from mc_runtime.bench.predicted_model import PREDICT, Model
 from mc_runtime.bench.reference import measure_rates
-from mc_runtime.bench.roofline import EngineCosts, Limits, RunTime, Schedule, predict_run
-from mc_runtime.flops import Job, vanilla_work
-from mc_runtime.options import GenerationOptions
-from mc_runtime.run_plan import RunPlan, plan_run
-from mc_runtime.schedule import validate_options
+from mc_runtime.bench.roofline import (
+    EngineCosts,
+    Limits,
+    RunTime,
+    Schedule,
+    find_steps,
+    predict_run,
+)
+from mc_runtime.families.family import ENGINES
+from mc_runtime.run_plan import RunPlan
 from motioncache import DecisionTrace
 
 SCHEMA = "motioncache.prediction/v1"
 MODEL_NOTE = (
     "A model, not a measurement. Every call of an engine takes as long as its operations or its "
     "bytes, whichever is longer; nothing overlaps, nothing waits, and a launch costs nothing, so "
-    "small models look too fast. The time of text encoder, VAE, sampler and of copies to the host "
-    "is not in it."
+    "small models look too fast. The time of text encoder, VAE, sampler and of copies is not in it."
 )
-# Settings that decide when which chunk takes a step.
+ON_THIS_CPU = f"{PREDICT} --device {THIS_CPU}"
+# Settings of any family that decide when which chunk takes a step, and in which branches.
 _SCHEDULE = (
     *("num_frames", "num_inference_steps", "guidance_scale", "ar_step"),
-    *("causal_block_size", "base_num_frames", "overlap_history"),
+    *("causal_block_size", "base_num_frames", "overlap_history", "nearly_clean"),
 )
 _RECORDED = "windows", "options", "text_tokens"  # what a trace has to say of its run
 
@@ -76,7 +81,7 @@ class Request:
     """What is to be predicted.
 
     Attributes:
-        options: Of the generation, checked.
+        options: Of the generation, of the kind that the model's family has.
         device: Name of the device.
         dtype: Of the engines, a key of `DTYPES`; fp8 means weights in FP8 beside bf16.
         computed: Share of the tokens that steps compute; None where a trace says it.
@@ -84,7 +89,7 @@ class Request:
         efficiency: Of the estimate.
     """
 
-    options: GenerationOptions
+    options: Any
     device: str
     dtype: str
     computed: float | None = None
@@ -103,21 +108,21 @@ def predict(model: Model, request: Request) -> dict[str, Any]:
         A report that follows `prediction.schema.json`.
 
     Raises:
-        ValueError: An unknown device, a dtype it has no unit for, or sizes that cannot be generated
-            or are not those of the trace.
+        ValueError: An unknown device, or one that the model's family is not predicted for; a dtype
+            it has no unit for; sizes that cannot be generated or are not those of the trace.
     """
+    if request.device == THIS_CPU:
+        model.family.require(ON_THIS_CPU)
     device = _find(request.device)
     rate, attention = _rates(request.device, device, request.dtype)
-    prefix = 0 if request.trace is None else _read_prefix(request.trace)
-    validate_options(request.options, prefix, model.grid)
-    plan = plan_run(request.options, prefix, model.grid)
+    prefix = 0 if request.trace is None else _read_prefix(request.trace, request.options)
+    plan = model.plan(request.options, prefix)
     weight_bytes, value_bytes, _ = DTYPES[request.dtype]
-    slots = plan.shape.tokens * plan.shape.active.shape[1]
-    costs = EngineCosts(model.flops, slots, weight_bytes, value_bytes)
+    costs = EngineCosts(model.flops, 0, weight_bytes, value_bytes)
     limits = Limits(rate, attention, device.bandwidth, *astuple(request.efficiency))
-    schedule = _schedule(plan, request)
-    none = Schedule.of_plan(plan, schedule.text_tokens)
+    schedule, none = _schedules(model, plan, request)
     run, uncached = (predict_run(costs, each, limits) for each in (schedule, none))
+    texts = schedule.sight.encoded
     return {
         "schema": SCHEMA,
         "note": MODEL_NOTE,
@@ -127,15 +132,17 @@ def predict(model: Model, request: Request) -> dict[str, Any]:
         "rates": {"flops": rate, "attention_flops": attention, "bandwidth": device.bandwidth},
         "efficiency": asdict(request.efficiency),
         "settings": asdict(request.options),
+        "text_tokens": list(texts),
         "computed_share": _computed(schedule, none),
         "time": {
             "policy": _time(run),
             "none": _time(uncached),
-            "vanilla": _vanilla(plan, costs, limits),
+            "vanilla": _vanilla(model, plan, texts, limits),
         },
         "work": asdict(run.total) | {"bytes": run.total.bytes},
         "frames_per_second": request.options.num_frames / run.seconds[1],
         "memory": _memory(model, request, prefix, device),
+        "driven": request.device == THIS_CPU or ENGINES not in model.family.not_yet,
     }
 
 
@@ -164,24 +171,31 @@ def _rates(name: str, device: Device, dtype: str) -> tuple[float, float]:
     return device.flops[dtype], device.flops[DTYPES[dtype][2]]
 
 
-def _schedule(plan: RunPlan, request: Request) -> Schedule:
-    """The passes of a trace at these sizes, or of a run that computes a share of every step."""
-    if request.trace is None:
-        text = (TEXT_TOKENS,) * plan.shape.branches
+def _schedules(model: Model, plan: RunPlan, request: Request) -> tuple[Schedule, Schedule]:
+    """Lay out the passes that are asked for, and those of the same run with nothing skipped.
+
+    Returns:
+        The passes of a trace at these sizes, or with a share of every step; those of `none`. Texts,
+        and what the passes see, are those of the trace where there is one.
+    """
+    trace, options = request.trace, request.options
+    if trace is None:
         computed = 1.0 if request.computed is None else request.computed
-        return Schedule.of_plan(plan, text, computed)
-    _check_trace(request.trace, plan, request.options)
-    return Schedule.of_trace(request.trace).resize(plan.shape.tokens)
+        return model.lay_out(options, plan, computed), model.lay_out(options, plan)
+    _check_trace(trace, plan, options)
+    recorded = Schedule.of_trace(trace, model.slots(options, plan)).resize(plan.shape.tokens)
+    return recorded, model.lay_out(options, plan, run=trace.run)
 
 
-def _read_prefix(trace: DecisionTrace) -> int:
+def _read_prefix(trace: DecisionTrace, options: Any) -> int:
     """Read from a trace which video its run continued.
 
     Returns:
         Latent frames of it, 0 without one.
 
     Raises:
-        ValueError: The trace does not say what its run was, or the run was interrupted.
+        ValueError: The trace does not say what its run was, the run was interrupted, or it is of
+            another family.
     """
     missing = [name for name in _RECORDED if name not in trace.run]
     if missing or trace.run.get("interrupted"):
@@ -190,25 +204,37 @@ def _read_prefix(trace: DecisionTrace) -> int:
             f"trace: expected that of a whole run, got one {lack}. "
             "Pass a file that mc-generate --trace wrote."
         )
+    strange = [name for name in trace.run["options"] if name not in asdict(options)]
+    if strange:
+        raise ValueError(
+            "trace: expected that of a run of the model's family, got one with the settings "
+            f"{', '.join(strange)}, which this family does not have. Pass a trace of this model."
+        )
     return int(trace.run["windows"][0]["prefix"])
 
 
-def _check_trace(trace: DecisionTrace, plan: RunPlan, options: GenerationOptions) -> None:
+def _check_trace(trace: DecisionTrace, plan: RunPlan, options: Any) -> None:
     """Hold what was recorded against what is asked for: the same chunks take the same steps.
 
     Raises:
         ValueError: With the settings that differ.
     """
     shape = plan.shape
+    branches = trace.mode.shape[1]
     if (
         trace.run["windows"] == [asdict(window) for window in plan.windows]
-        and trace.mode.shape[1] == shape.branches
-        and np.array_equal(trace.recompute[:, 0, :, 0] >= 0, shape.active)
+        and branches == shape.branches
+        and np.array_equal(find_steps(trace), shape.active)
     ):
         return
     asked, recorded = asdict(options), trace.run["options"]
-    others = [name for name in _SCHEDULE if recorded.get(name) != asked[name]]
-    flags = " ".join(f"--{name.replace('_', '-')} {recorded.get(name)}" for name in others)
+    others = [name for name in _SCHEDULE if name in asked and recorded.get(name) != asked[name]]
+    if branches != shape.branches and not others:
+        raise ValueError(
+            f"trace: expected a run with {shape.branches} passes of guidance, got one with "
+            f"{branches}. Pass a trace of this model."
+        )
+    flags = " ".join(write_flag(name, recorded.get(name)) for name in others)
     raise ValueError(
         f"trace: expected a run with {_list_settings(asked, others)}, got one with "
         f"{_list_settings(recorded, others)}. Pass {flags or 'the settings of the run'}."
@@ -233,10 +259,14 @@ def _both(bound: float, estimate: float) -> dict[str, float]:
     return {"bound": float(bound), "estimate": float(estimate)}
 
 
-def _vanilla(plan: RunPlan, costs: EngineCosts, limits: Limits) -> dict[str, dict[str, float]]:
-    """Every chunk in every row, as diffusers runs: by operations alone, in 16 bit or float32."""
-    text = (TEXT_TOKENS,) * plan.shape.branches
-    seconds = vanilla_work(costs.flops, Job.from_plan(plan, text)).total / limits.attention
+def _vanilla(
+    model: Model, plan: RunPlan, text_tokens: Sequence[int], limits: Limits
+) -> dict[str, dict[str, float]] | None:
+    """What the original loop takes, by operations alone, in 16 bit or float32."""
+    if model.family.vanilla is None:
+        return None
+    work = model.family.vanilla(model.flops, plan, text_tokens)
+    seconds = work.total / limits.attention
     return {"total": _both(seconds, seconds / limits.flops_efficiency)}
 
 

@@ -39,6 +39,7 @@ _SETTINGS = {
     "causal_block_size": "Latent frames of a chunk.",
     "base_num_frames": "Frames of a window.",
     "overlap_history": "Frames that a window takes over.",
+    "nearly_clean": "Of a distilled MAGI-1: keep the guidance of the oldest chunk by itself.",
 }
 _PARTS = {
     "weights": "weights",
@@ -63,6 +64,7 @@ _HOST_PARTS = {
     "decoder": "activations and states of the decoder",
     "frames": "frames of a chunk",
 }
+_NOT_YET = "Engines of this family cannot be run on a GPU yet."
 _RUNS = {"policy": "this run", "none": "nothing skipped", "vanilla": "every chunk in every row"}
 
 
@@ -146,6 +148,8 @@ def _time_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for run, title in _RUNS.items():
         time = report["time"][run]
+        if time is None:
+            continue
         first = f"{time['first_chunk']['estimate']:.3g}" if "first_chunk" in time else ""
         total = [f"{time['total'][which]:.3g}" for which in ("bound", "estimate")]
         rows.append([title, *total, first])
@@ -191,9 +195,12 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     )
     if report["memory"]["host"] is not None:
         peak = "What the process holds was measured; the rest is reckoned, with nothing skipped."
+    texts = " + ".join(map(str, report["text_tokens"]))
     return [
         peak,
+        *([] if report["driven"] else [_NOT_YET]),
         report["note"],
+        f"Texts: {texts} tokens.",
         f"Rates: {rates['flops'] / 1e12:.4g} TFLOP/s with weights, "
         f"{rates['attention_flops'] / 1e12:.4g} in attention, "
         f"{rates['bandwidth'] / 1e9:.4g} GB/s. Source: {report['device']['source']}.",

@@ -9,16 +9,17 @@ Neighbours: `flops` counts the operations; `devices` has the GPUs; `predict` tel
 Axes: L tokens of a chunk, T text tokens, C channels.
 """
 
-__all__ = ["Call", "EngineCosts", "Limits", "RunTime", "Schedule", "predict_run"]
+__all__ = ["Call", "EngineCosts", "Limits", "RunTime", "Schedule", "find_steps", "predict_run"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_runtime.flops import ModelFlops
+from mc_runtime.flops import ModelFlops, Sight
 from mc_runtime.run_plan import RunPlan
 from motioncache import DecisionTrace, Mode
 
@@ -135,22 +136,37 @@ class Schedule:
         mode: A `Mode` per row, branch and chunk of the largest window.
         tokens: That go through the blocks, padding included; like mode.
         chunk_tokens: L.
-        text_tokens: T of each branch.
+        sight: What the passes see, and the texts.
+        slots: Chunks whose keys each branch keeps.
         first_chunk_row: Row after which the first chunk of the video is clean.
     """
 
     mode: NDArray[np.int8]
     tokens: NDArray[np.int32]
     chunk_tokens: int
-    text_tokens: tuple[int, ...]
+    sight: Sight
+    slots: tuple[int, ...]
     first_chunk_row: int
 
     @classmethod
-    def of_trace(cls, trace: DecisionTrace) -> "Schedule":
-        """Take the passes of a recorded run."""
-        text = tuple(trace.run["text_tokens"])
-        row = _first_chunk_row(trace.recompute[:, 0, :, 0] >= 0, trace.window_start)
-        return cls(trace.mode, trace.bucket, trace.recompute.shape[-1], text, row)
+    def of_trace(cls, trace: DecisionTrace, slots: Sequence[int]) -> "Schedule":
+        """Take the passes of a recorded run.
+
+        Args:
+            trace: Of the run.
+            slots: Chunks whose keys each of its branches keeps.
+
+        Returns:
+            The schedule.
+        """
+        return cls(
+            trace.mode,
+            trace.bucket,
+            trace.recompute.shape[-1],
+            Sight.of_run(trace.run, trace.mode),
+            tuple(slots),
+            _first_chunk_row(find_steps(trace), trace.window_start),
+        )
 
     def resize(self, chunk_tokens: int) -> "Schedule":
         """Return the same decisions for chunks of another size: the shares of tokens stay."""
@@ -160,13 +176,20 @@ class Schedule:
 
     @classmethod
     def of_plan(
-        cls, plan: RunPlan, text_tokens: Sequence[int], computed: float = 1.0
+        cls,
+        plan: RunPlan,
+        mode: NDArray[np.int8],
+        run: Mapping[str, Any],
+        slots: Sequence[int],
+        computed: float = 1.0,
     ) -> "Schedule":
         """Lay out the passes of a run that computes a share of the tokens in every step.
 
         Args:
             plan: Of the run.
-            text_tokens: T of each branch.
+            mode: Of every pass if nothing is skipped, as `Family.passes` gives it.
+            run: What the passes see, as `Family.describe` gives it.
+            slots: Chunks whose keys each branch keeps.
             computed: Share of a chunk's tokens that its steps compute; 1 is the policy `none`.
 
         Returns:
@@ -175,22 +198,21 @@ class Schedule:
         shape = plan.shape
         tokens = round(computed * shape.tokens)
         kind = Mode.FULL if tokens == shape.tokens else Mode.PARTIAL if tokens else Mode.REUSE
-        mode = np.full((len(shape.active), shape.branches, shape.active.shape[1]), Mode.IDLE)
-        for start, matrix in zip(shape.window_start, plan.matrices, strict=True):
-            done = (matrix.step > 0) & ~matrix.update
-            for chunk in range(matrix.update.shape[1]):
-                mode[start + np.flatnonzero(matrix.update[:, chunk]), :, chunk] = kind
-                if done[:, chunk].any():
-                    mode[start + done[:, chunk].argmax(), :, chunk] = Mode.CLEAN
-        amounts = {Mode.CLEAN: shape.tokens, kind: tokens}
-        counts = sum(amount * (mode == which) for which, amount in amounts.items())
+        counts = np.where(mode == Mode.FULL, tokens, shape.tokens * (mode == Mode.CLEAN))
         return cls(
-            mode.astype(np.int8),
-            np.asarray(counts, np.int32),
+            np.where(mode == Mode.FULL, kind, mode).astype(np.int8),
+            counts.astype(np.int32),
             shape.tokens,
-            tuple(text_tokens),
+            Sight.of_run(run, mode),
+            tuple(slots),
             _first_chunk_row(shape.active, shape.window_start),
         )
+
+
+def find_steps(trace: DecisionTrace) -> NDArray[np.bool_]:
+    """Return where chunks took a step, in any branch; shape (rows, chunks)."""
+    steps: NDArray[np.bool_] = np.any(trace.recompute[..., 0] >= 0, axis=1)
+    return steps
 
 
 def _first_chunk_row(active: NDArray[np.bool_], window_start: Sequence[int]) -> int:
@@ -265,7 +287,7 @@ def predict_run(costs: EngineCosts, schedule: Schedule, limits: Limits) -> RunTi
     """Walk a schedule row by row, engine by engine.
 
     Args:
-        costs: Of the model's engines.
+        costs: Of the model's engines; how many keys a branch keeps is the schedule's to say.
         schedule: Of the run.
         limits: Of the device.
 
@@ -273,43 +295,51 @@ def predict_run(costs: EngineCosts, schedule: Schedule, limits: Limits) -> RunTi
         Times and costs.
     """
     chunk_tokens, layers = schedule.chunk_tokens, costs.flops.layers
+    of_branch = [replace(costs, slots=chunks * chunk_tokens) for chunks in schedule.slots]
+    sight = schedule.sight
 
     def time(call: Call, count: int = 1) -> tuple[NDArray[np.float64], Call]:
         return count * np.array([limits.bound(call), limits.estimate(call)]), call.times(count)
 
     @cache
-    def cost_pass(mode: int, tokens: int, chunk: int, text: int) -> _Timed:
+    def cost_pass(branch: int, clean: bool, tokens: int, seen: int, text: int) -> _Timed:
         """What one pass of a branch costs."""
-        parts = []
+        engines, parts = of_branch[branch], []
         if tokens:
-            keys = (chunk + 1) * chunk_tokens
-            parts.append(time(costs.block(tokens, keys, text), layers))
-        if mode != Mode.CLEAN:
-            parts += [time(costs.combine(chunk_tokens, tokens)), time(costs.head(chunk_tokens))]
+            parts.append(time(engines.block(tokens, seen * chunk_tokens, text), layers))
+        if not clean:
+            parts += [time(call) for call in _end_pass(engines, schedule, tokens)]
         return _add(parts)
 
-    def cost_row(mode: NDArray[np.int8], tokens: NDArray[np.int32]) -> _Timed:
-        busy = np.argwhere(mode != Mode.IDLE)
+    def cost_row(row: int) -> _Timed:
+        busy = np.argwhere(schedule.mode[row] != Mode.IDLE).tolist()
+        clean = schedule.mode[row] == Mode.CLEAN
+        seen = schedule.tokens[row], sight.visible[row], sight.text[row]
         passes = [
             cost_pass(
-                int(mode[branch, chunk]),
-                int(tokens[branch, chunk]),
-                int(chunk),
-                schedule.text_tokens[branch],
+                branch, bool(clean[branch, chunk]), *(int(each[branch, chunk]) for each in seen)
             )
             for branch, chunk in busy
         ]
-        embedded = time(costs.embed(chunk_tokens), len(set(busy[:, 1].tolist())))
+        embedded = time(costs.embed(chunk_tokens), len({chunk for _, chunk in busy}))
         return _add([embedded, *passes])
 
-    prompt = _add([time(costs.context(text)) for text in schedule.text_tokens])
-    rows = [cost_row(*row) for row in zip(schedule.mode, schedule.tokens, strict=True)]
+    prompt = _add([time(costs.context(text)) for text in sight.encoded])
+    rows = [cost_row(row) for row in range(len(schedule.mode))]
     return RunTime(
         prompt[0],
         np.array([seconds for seconds, _ in rows]),
         schedule.first_chunk_row,
         sum((call for _, call in rows), prompt[1]),
     )
+
+
+def _end_pass(engines: EngineCosts, schedule: Schedule, tokens: int) -> list[Call]:
+    """What comes behind the blocks: the head, and where reuse keeps a residual its renewal."""
+    if schedule.sight.partial_head:
+        return [engines.head(tokens)] if tokens else []
+    length = schedule.chunk_tokens
+    return [engines.combine(length, tokens), engines.head(length)]
 
 
 _Timed = tuple[NDArray[np.float64], Call]

@@ -3,7 +3,7 @@
 Neighbours: `registry` has the families; `VideoPipeline` and `generate_chunks` ask them.
 """
 
-__all__ = ["ENGINES", "Family", "Place", "Prompts", "Rehearsal", "Run"]
+__all__ = ["ENGINES", "Family", "Place", "Prompts", "Rehearsal", "Run", "Saving"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.published import Published
 from mc_runtime import vae
 from mc_runtime.denoise import Steps, Window
 from mc_runtime.flops import ModelFlops, Work
@@ -68,6 +69,19 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """Settings with which a run holds less memory.
+
+    Attributes:
+        words: What they do.
+        settings: Fields of the options.
+    """
+
+    words: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models. `config` is always the manifest's.
 
@@ -89,11 +103,22 @@ class Family:
         open_decoder: From the parts of a bundle's autoencoder to its decoder; BundleError where the
             bundle has none.
         open_encoder: The same of its encoder.
+        passes: From config, options and plan to a `Mode` for every pass of a run that skips
+            nothing, shape (rows, branches, chunks).
+        slots: From the same to the chunks whose keys each branch keeps at once, and to how many
+            chunks something is kept of for reuse, counted by branch where each keeps its own.
+        savings: From config, options and grid to kinds of settings with which a run holds less,
+            each kind from the mildest on.
+        published: From a published configuration to what a manifest would say of it.
+        prompt_tokens: From a config to the tokens of its prompts, where nobody has one yet.
+        table_tokens: Of each of the tables, as published.
+        parallel_text: Whether blocks attend to the text beside the chunks, and not after them.
         not_yet: Commands, and `engines on a GPU`, that do not take bundles of the family yet.
         vanilla: From a model's operations, the plan and the text tokens of each branch to what the
             original loop takes; None where it computes what the policy `none` does.
         tables: Of the bundle, that a run takes besides the texts.
-        describe: What a trace has to say of a run, for those who count its work (`count_work`).
+        describe: From config, options, plan and the tokens of its texts and tables to what a trace
+            has to say of a run, for those who count its work (`Sight`).
         start: Begins a run, with a policy that has accepted its shape.
         rehearse: From what computes passes, options, the plan of a run and config to its passes.
         keeps_velocity: Whether a reused token keeps its velocity, so that the head runs for those
@@ -111,9 +136,16 @@ class Family:
     timesteps: Callable[[Any, Mapping[str, Any]], NDArray[Any]]
     measures_inputs: bool
     prompts: Prompts
-    describe: Callable[[Inputs, RunPlan], dict[str, Any]]
+    describe: Callable[[Mapping[str, Any], Any, RunPlan, Sequence[int]], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
     rehearse: Callable[[Passes, Any, RunPlan, Mapping[str, Any]], Rehearsal]
+    passes: Callable[[Mapping[str, Any], Any, RunPlan], NDArray[np.int8]]
+    slots: Callable[[Mapping[str, Any], Any, RunPlan], tuple[tuple[int, ...], int]]
+    savings: Callable[[Mapping[str, Any], Any, LatentGrid], Sequence[Sequence[Saving]]]
+    published: Callable[[Published], dict[str, Any]]
+    prompt_tokens: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    table_tokens: tuple[int, ...] = ()
+    parallel_text: bool = False
     keeps_velocity: bool = False
     vanilla: Callable[[ModelFlops, RunPlan, Sequence[int]], Work] | None = None
     tables: tuple[str, ...] = ()

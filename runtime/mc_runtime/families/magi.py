@@ -127,13 +127,14 @@ def plan(options: MagiOptions, prefix: int, grid: LatentGrid, config: Mapping[st
     return RunPlan((Window(0, frames, prefix, 0),), (matrix,), shape, (height, width))
 
 
-def describe(inputs: Inputs, plan: RunPlan) -> dict[str, Any]:
+def describe(
+    config: Mapping[str, Any], options: MagiOptions, plan: RunPlan, tokens: Sequence[int]
+) -> dict[str, Any]:
     """Say what the passes of a run see, and which texts are encoded; see `Family.describe`."""
-    schedule = MagiSchedule.from_manifest(inputs.config, inputs.options)
-    prompt, null, special = (embedding.shape[1] for embedding in inputs.embeddings)
+    schedule = MagiSchedule.from_manifest(config, options)
+    prompt, null, special = tokens
     length = min(prompt + 2 * bool(special), schedule.max_text_tokens)
-    captions = _count_captions(plan, inputs.embeddings[2])
-    return describe_work(schedule, plan, [length] * captions, null)
+    return describe_work(schedule, plan, [length] * _count_captions(plan, special), null)
 
 
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> MagiRun:
@@ -153,7 +154,7 @@ def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> Magi
     prompt, null, special = inputs.embeddings
     by_duration = [
         passes.encode_context(_caption(prompt, special, left, schedule.max_text_tokens))
-        for left in range(1, _count_captions(plan, special) + 1)
+        for left in range(1, _count_captions(plan, special.shape[1]) + 1)
     ]
     return MagiRun(
         passes,
@@ -200,10 +201,10 @@ def _list_places(schedule: MagiSchedule, plan: RunPlan) -> list[Place]:
     return places
 
 
-def _count_captions(plan: RunPlan, special: Embedding) -> int:
+def _count_captions(plan: RunPlan, special: int) -> int:
     """How many captions a prompt becomes: one for every number of chunks left that a token says."""
     left = int(plan.shape.active.any(axis=0).sum())  # those of a prefix have the null caption
-    return min(left, LONGEST) if special.shape[1] else 1
+    return min(left, LONGEST) if special else 1
 
 
 def _caption(prompt: Embedding, special: Embedding, left: int, most: int) -> Embedding:

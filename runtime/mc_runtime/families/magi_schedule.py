@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.run_sizes import count_kept_chunks
+
 SHIFT = 3.0  # towards noise
 SHORTCUT_STEPS = 12
 _STAGES = 4  # that step lengths are told, and shortcuts defined, for
@@ -229,15 +231,22 @@ class MagiSchedule:
         Returns:
             The most that lie between the first that anything sees and the newest.
         """
-        if not self.kv_ranges:
-            return chunks
-        behind = [
-            size - 1 - place for place, size in enumerate(reversed(self.kv_ranges))
-        ]  # how far each active chunk sees beyond the oldest
-        behind.append(len(self.visible_clean(chunks, False)))
-        if given:
-            behind.append(len(self.visible_clean(chunks, True)))
-        return min(chunks, self.window_chunks + max(behind))
+        kinds = [False, True] if given else [False]
+        clean = [len(self.visible_clean(chunks, prefix)) for prefix in kinds]
+        return count_kept_chunks(chunks, self.window_chunks, self.kv_ranges, clean)
+
+    def slots(self, chunks: int, given: int) -> tuple[int, ...]:
+        """Return how many chunks' keys each branch keeps; those that are seen alone for a window.
+
+        Args:
+            chunks: Of the video.
+            given: Of them, those of a prefix.
+
+        Returns:
+            A count per branch.
+        """
+        kept, active = self.kept_chunks(chunks, given), min(self.window_chunks, chunks)
+        return tuple(active if branch.alone else kept for branch in self.branches)
 
 
 def _last(chunk: int, count: int) -> range:

@@ -140,12 +140,9 @@ class MagiSteps:
             not run.switches.nearly_clean or self._mixes_elsewhere
         ):
             self.guidance = replace(schedule, nearly_clean_timestep=math.inf)  # no time is beyond
-        kept = schedule.kept_chunks(window.chunks, window.prefix // size)
         self.memories = [
-            self.passes.open_branch(
-                run.texts.null, angles, schedule.window_chunks if branch.alone else kept
-            )
-            for branch in schedule.branches
+            self.passes.open_branch(run.texts.null, angles, kept)
+            for kept in schedule.slots(window.chunks, window.prefix // size)
         ]
         self.decisions = Decisions(run.policy, None, window.shape, window.trace, window.number, 0)
 

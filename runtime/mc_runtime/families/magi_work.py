@@ -1,18 +1,36 @@
-"""What a run of MAGI-1 computes, known before it: for those who count operations.
+"""What a run of MAGI-1 computes and keeps, known before it: for those who count and predict.
 
-Neighbours: `magi` describes its runs with it; `mc_runtime.flops` counts what a trace says.
+Neighbours: `magi` describes its runs with it; `mc_runtime.flops` counts what a trace says,
+`mc_runtime.bench.predict` walks over the passes.
 """
 
-__all__ = ["describe_work", "plan_uncached"]
+__all__ = [
+    "count_prompt_tokens",
+    "describe_published",
+    "describe_work",
+    "list_passes",
+    "list_savings",
+    "list_slots",
+    "plan_uncached",
+]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mc_runtime.families.magi_schedule import MagiSchedule
+from mc_engines.model_sizes import describe_magi, describe_magi_schedule
+from mc_engines.published import Published
+from mc_runtime.families.family import Saving
+from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
 from mc_runtime.run_plan import RunPlan
+from mc_runtime.schedule import LatentGrid
 from motioncache import DecisionTrace, Mode
+
+# Of a prompt, which is not padded: with two special tokens it has 100, with which the published
+# count of operations is met.
+_PROMPT_TOKENS = 98
 
 
 def describe_work(
@@ -69,17 +87,73 @@ def plan_uncached(
     Returns:
         A trace that `count_work` counts.
     """
-    shape, steps = plan.shape, plan.matrices[0].step - 1
+    shape = plan.shape
     trace = DecisionTrace.empty(shape, describe_work(schedule, plan, captions, null))
+    trace.mode[:] = _list_passes(schedule, plan)
+    trace.recompute[trace.mode == Mode.FULL] = 1
+    trace.bucket[trace.mode != Mode.IDLE] = shape.tokens
+    return trace
+
+
+def _list_passes(schedule: MagiSchedule, plan: RunPlan) -> NDArray[np.int8]:
+    shape, steps = plan.shape, plan.matrices[0].step - 1
+    mode = np.full((len(shape.active), shape.branches, shape.active.shape[1]), Mode.IDLE, np.int8)
     for row, active in enumerate(shape.active):
         taken = {chunk: int(steps[row, chunk]) for chunk in np.flatnonzero(active).tolist()}
         for chunk in taken:
             for branch in range(shape.branches):
                 if schedule.takes_part(branch, chunk, taken):
-                    trace.mode[row, branch, chunk] = Mode.FULL
-                    trace.recompute[row, branch, chunk] = 1
+                    mode[row, branch, chunk] = Mode.FULL
     for row, clean, given in _clean_passes(plan):
-        for number in schedule.clean_branches(given):
-            trace.mode[row, number, clean] = Mode.CLEAN
-    trace.bucket[trace.mode != Mode.IDLE] = shape.tokens
-    return trace
+        mode[row, schedule.clean_branches(given), clean] = Mode.CLEAN
+    return mode
+
+
+def list_passes(config: Mapping[str, Any], options: MagiOptions, plan: RunPlan) -> NDArray[np.int8]:
+    """List the passes of a run that skips nothing; see `Family.passes`."""
+    return _list_passes(MagiSchedule.from_manifest(config, options), plan)
+
+
+def list_slots(
+    config: Mapping[str, Any], options: MagiOptions, plan: RunPlan
+) -> tuple[tuple[int, ...], int]:
+    """Count the chunks that each branch keeps, and those of a window; see `Family.slots`."""
+    schedule = MagiSchedule.from_manifest(config, options)
+    chunks, given = plan.shape.active.shape[1], plan.windows[0].prefix // plan.shape.frames
+    return schedule.slots(chunks, given), min(schedule.window_chunks, chunks - given)
+
+
+def count_prompt_tokens(config: Mapping[str, Any]) -> tuple[int]:
+    """Assume a length for the prompt; see `Family.prompt_tokens`."""
+    return (_PROMPT_TOKENS,)
+
+
+def describe_published(published: Published) -> dict[str, Any]:
+    """Describe a published model as its manifest would; see `Family.published`."""
+    return {
+        "transformer": describe_magi(published.transformer),
+        "schedule": describe_magi_schedule(published.settings or {}),
+        "video": {
+            "height": published.height,
+            "width": published.width,
+            "num_frames": published.base_num_frames,
+        },
+    }
+
+
+def list_savings(
+    config: Mapping[str, Any], options: MagiOptions, grid: LatentGrid
+) -> Sequence[Sequence[Saving]]:
+    """List settings with which a run holds less; see `Family.savings`."""
+    schedule = MagiSchedule.from_manifest(config, options)
+    plain: list[Saving] = []
+    if schedule.guidance_passes == 1 and schedule.nearly_clean_timestep is not None:
+        plain = [Saving("no nearly clean guidance", {"nearly_clean": False})]
+    size = schedule.chunk_frames
+    chunks = grid.latent_frames(options.num_frames) // size
+    most = min(chunks - 1, schedule.kept_chunks(chunks, 0))  # more are kept of no video
+    shorter = [
+        Saving("a shorter video", {"num_frames": grid.pixel_frames(count * size)})
+        for count in range(most, 0, -1)
+    ]
+    return plain, shorter

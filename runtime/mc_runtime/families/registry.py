@@ -4,7 +4,7 @@ __all__ = ["FAMILIES"]
 
 from mc_runtime import tiled_vae
 from mc_runtime.caption import clean_caption
-from mc_runtime.families import magi, skyreels
+from mc_runtime.families import magi, magi_work, skyreels, skyreels_work
 from mc_runtime.families.family import ENGINES, Family
 
 _SKYREELS = Family(
@@ -20,6 +20,11 @@ _SKYREELS = Family(
     describe=skyreels.describe,
     start=skyreels.start,
     rehearse=skyreels.rehearse,
+    passes=skyreels_work.list_passes,
+    slots=skyreels_work.list_slots,
+    savings=skyreels_work.list_savings,
+    published=skyreels_work.describe_published,
+    prompt_tokens=skyreels_work.count_prompt_tokens,
     vanilla=skyreels.count_vanilla,
 )
 _MAGI = Family(
@@ -35,6 +40,13 @@ _MAGI = Family(
     describe=magi.describe,
     start=magi.start,
     rehearse=magi.rehearse,
+    passes=magi_work.list_passes,
+    slots=magi_work.list_slots,
+    savings=magi_work.list_savings,
+    published=magi_work.describe_published,
+    prompt_tokens=magi_work.count_prompt_tokens,
+    table_tokens=(50, 20),
+    parallel_text=True,
     keeps_velocity=True,
     tables=("null_text", "special_tokens"),
     clean=clean_caption,
@@ -46,7 +58,7 @@ _MAGI = Family(
     not_yet=(
         ENGINES,
         "mc-calibrate",
-        "mc-bench predict",
+        "mc-bench predict --device this-cpu",
         "mc-bench run --baseline diffusers",
     ),
 )

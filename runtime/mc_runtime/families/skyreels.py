@@ -153,9 +153,11 @@ class SkyreelsRun:
         return SkyreelsSteps(self, window, shown)
 
 
-def describe(inputs: Inputs, plan: RunPlan) -> dict[str, Any]:
+def describe(
+    config: Mapping[str, Any], options: GenerationOptions, plan: RunPlan, tokens: Sequence[int]
+) -> dict[str, Any]:
     """Say how long the text of each branch is; see `Family.describe`."""
-    return {"text_tokens": [embedding.shape[1] for embedding in inputs.embeddings]}
+    return {"text_tokens": list(tokens[: plan.shape.branches])}
 
 
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> SkyreelsRun:
