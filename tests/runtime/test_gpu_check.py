@@ -1,6 +1,9 @@
 """`scripts/gpu_check.py` with stand-ins: it compares every engine, and notices one that differs."""
 
+import json
 import math
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -48,6 +51,62 @@ def report(tiny_bundle, tmp_path, monkeypatch):
     store_engines(bundle, folder, (*ON_DEVICE, *OPTIONAL_PARTS))
     limits = VideoLimits(32, 32, 17, 5)
     return lambda: check(bundle, DeviceOptions("tensorrt-rtx", limits, "fp32", folder), OPTIONS)
+
+
+@pytest.fixture
+def command(report, tiny_bundle, tmp_path, monkeypatch):
+    """A function that runs the script on the stand-ins, with what mc-build left in a folder."""
+    ran = []
+
+    def run(words, check):
+        ran.append(words)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    for name in ("open_gpu", "open_library"):
+        monkeypatch.setattr(gpu_check, name, getattr(doctor, name))
+    monkeypatch.setattr(VideoPipeline, "default_options", OPTIONS)
+    target = tmp_path / "new" / "check.json"
+    words = ["gpu_check.py", tiny_bundle, "--dtype", "fp32", "--engines", tmp_path / "engines"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--steps", "3", "--output", str(target)])
+
+    def main(code=0):
+        with pytest.raises(SystemExit) if code else nullcontext():
+            gpu_check.main()
+        return json.loads(target.read_text()), ran
+
+    return main
+
+
+def test_the_script_builds_checks_measures_and_writes_a_report(command, tmp_path, capsys):
+    made, (build, bench) = command()
+    assert made["good"] and made["failure"] is None and len(made["engines"]) == 13
+    assert build[0] == "mc-build" and build[-2:] == [str(tmp_path / "engines"), "--allow-unfused"]
+    assert build[build.index("--sm") + 1] == "86" and build[build.index("--dtype") + 1] == "fp32"
+    measured = str(tmp_path / "new" / "check-bench.json")
+    assert bench[:2] == ["mc-bench", "run"] and {"--engines", "--quick", measured} <= {*bench}
+    assert made["benchmark"] == {"report": measured, "failure": None}
+    shown = capsys.readouterr().out
+    assert shown.count(" good\n") == 14 and "not checked: timestep\n" in shown
+    assert f"benchmark: {measured}\n" in shown and shown.endswith("check.json\n")
+
+
+def test_a_benchmark_that_fails_is_not_good(command, monkeypatch, capsys):
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda words, check: failed)
+    made, _ = command(code=1)
+    assert not made["good"] and "benchmark: mc-bench: exit code 1\n" in capsys.readouterr().out
+
+
+def test_without_a_driver_the_report_says_so(command, monkeypatch, capsys):
+    def refuse():
+        raise EngineError("GPU: expected an NVIDIA driver, got none.")
+
+    monkeypatch.setattr(gpu_check, "open_gpu", refuse)
+    made, ran = command(code=1)
+    assert made["failure"] == "GPU: expected an NVIDIA driver, got none." and not ran
+    assert not made["good"] and made["not_checked"] == ["all"]
+    assert capsys.readouterr().out.startswith("GPU: expected an NVIDIA driver, got none.\n")
 
 
 def test_every_engine_that_the_cpu_runs_too_is_compared(report):
