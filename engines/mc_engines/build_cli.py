@@ -185,8 +185,8 @@ def _choose_profiles(
     config = bundle.manifest.config
     video = config.get("video", {})
     limits = VideoLimits(
-        height or video.get("height", _HEIGHT),
-        width or video.get("width", _WIDTH),
+        video.get("height", _HEIGHT) if height is None else height,
+        video.get("width", _WIDTH) if width is None else width,
         max_frames,
         causal_block_size,
     )

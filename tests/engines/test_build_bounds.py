@@ -56,6 +56,13 @@ def test_a_bucket_fixes_the_recomputed_tokens_rounded_up() -> None:
             "height: expected a multiple of 16, got 540. Use 528 or 544.",
         ),
         (VideoLimits(544, 8, 97, 5), "width: expected a multiple of 16, got 8. Use 16."),
+        (VideoLimits(0, 960, 97, 5), "height: expected a multiple of 16, got 0. Use 16."),
+        (VideoLimits(-16, 960, 97, 5), "height: expected a multiple of 16, got -16. Use 16."),
+        (VideoLimits(544, 960, 97, 0), "causal_block_size: expected at least 1, got 0. Raise it."),
+        (
+            VideoLimits(544, 960, -9, 5),
+            "max_frames: expected at least 17, a chunk of 5 latent frames, got -9. Raise it.",
+        ),
         (
             VideoLimits(544, 960, 13, 5),
             "max_frames: expected at least 17, a chunk of 5 latent frames, got 13. Raise it.",

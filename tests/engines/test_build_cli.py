@@ -295,6 +295,12 @@ def test_progress_can_cancel_a_build(library, tiny_bundle: Path) -> None:
             "sm: expected some of 75, 80, 86, 89, 120, 121, got 90. tensorrt-rtx 1.7.1.116 has no "
             "such target: use --backend tensorrt on that GPU.",
         ),
+        (("--height", "0"), "height: expected a multiple of 16, got 0. Use 16."),
+        (("--width", "-16"), "width: expected a multiple of 16, got -16. Use 16."),
+        (
+            ("--causal-block-size", "-1"),
+            "causal_block_size: expected at least 1, got -1. Raise it.",
+        ),
         (("--sm", "x"), "sm: expected numbers with commas between, got 'x'. Write it like 86,89."),
         (
             ("--buckets", "1,.5"),
@@ -379,6 +385,12 @@ def test_what_cannot_be_built_for_a_target_is_left_out_of_it_and_listed(bundle, 
     files = read_files(folder)
     assert run(*arguments).stdout.split("\n")[-3:] == result.stdout.split("\n")[-3:]
     assert read_files(folder) == files
+
+
+def test_too_little_scratch_memory_is_said_to_be_what_may_be_missing(bundle: Path) -> None:
+    refused = run(bundle, "--component", "head", "--sm", "86", "--workspace", 1, code=1).stderr
+    assert refused.startswith("head.bf16.onnx: expected an engine for SM86, got: ")
+    assert ". Raise --workspace if memory is what it lacks. Leave out " in refused
 
 
 def test_what_was_asked_for_by_name_is_not_left_out(bundle: Path, monkeypatch) -> None:

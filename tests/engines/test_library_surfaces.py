@@ -284,6 +284,38 @@ def test_a_gpu_without_bf16_is_known_before_anything_is_built(bundle, monkeypatc
     build(monkeypatch, SURFACES[0], bundle, "--dtype", "fp16", "--component", "embed")
 
 
+@pytest.mark.parametrize("shares", ["1,.5", ".25,1,.5", "1"])
+def test_profiles_are_those_of_the_buckets_that_were_asked_for(shares, bundle, monkeypatch) -> None:
+    build(monkeypatch, SURFACES[0], bundle, "--component", "combine", "--buckets", shares)
+    (sidecar,) = EngineStore(Bundle.open(bundle)).read()[0]
+    tokens = [profile["y"][2][1] for profile in sidecar.profiles]
+    assert tokens == sorted((10200 * float(share) for share in shares.split(",")), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        *(
+            (
+                ("--buckets", shares),
+                f"buckets: expected shares above 0 up to 1, got '{shares}'. Write it like 1,.5,.25",
+            )
+            for shares in ("0,1", "1.5", "x", "1,", "")
+        ),
+        (
+            ("--sm", "89"),
+            "sm: expected none, for tensorrt builds for the GPU that is here, got 89. Leave it out",
+        ),
+    ],
+)
+def test_wrong_usage_of_tensorrt_says_what_to_do(arguments, said, bundle, monkeypatch) -> None:
+    library = make_library(SURFACES[0], BUILDING)
+    monkeypatch.setitem(sys.modules, "tensorrt", library.module)
+    monkeypatch.setattr(build_cli, "open_gpu", lambda: SimpleNamespace(capability=GPU))
+    result = CliRunner().invoke(main, [str(bundle), "--backend", "tensorrt", *arguments])
+    assert (result.exit_code, result.stderr) == (2, f"{said}.\n")
+
+
 def test_an_engine_of_tensorrt_is_for_the_gpu_that_built_it(bundle, monkeypatch) -> None:
     arguments = "--component", "embed"
     build(monkeypatch, SURFACES[0], bundle, *arguments)

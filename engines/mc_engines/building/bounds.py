@@ -80,12 +80,17 @@ def bound_symbols(config: Mapping[str, Any], limits: VideoLimits) -> dict[str, B
     ):
         step = side * factors["spatial_factor"]
         if size < step or size % step:
-            nearest = [low for low in (size // step * step, (size // step + 1) * step) if low]
+            below = size // step * step
+            nearest = [each for each in (below, below + step) if each > 0] or [step]
             raise ValueError(
                 f"{name}: expected a multiple of {step}, got {size}. "
                 f"Use {' or '.join(map(str, nearest))}."
             )
         latents.append(size // factors["spatial_factor"])
+    if limits.chunk_frames < 1:
+        raise ValueError(
+            f"causal_block_size: expected at least 1, got {limits.chunk_frames}. Raise it."
+        )
     frames = (limits.max_frames - 1) // factors["temporal_factor"] + 1
     if frames < limits.chunk_frames:
         least = (limits.chunk_frames - 1) * factors["temporal_factor"] + 1

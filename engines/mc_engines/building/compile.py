@@ -113,9 +113,12 @@ def _build_plan(
     if monitor.stopped_by is not None:
         raise monitor.stopped_by
     if plan is None:
+        remedy = "Leave out the target or the dtype that it names."
+        if request.workspace is not None:
+            remedy = f"Raise --workspace if memory is what it lacks. {remedy}"
         raise BuildError(
             f"{path.name}: expected an engine for {name_targets(request.targets)}, got: "
-            f"{join_reasons(log.errors)}. Leave out the target or the dtype that it names."
+            f"{join_reasons(log.errors)}. {remedy}"
         )
     if request.timing_cache is not None:
         library.save_timing_cache(config, request.timing_cache)

@@ -93,7 +93,8 @@ class Gpu:
             self.call("cuInit", 0)
         except RuntimeError as error:  # cuda.bindings finds no driver library
             raise EngineError(
-                "GPU: expected an NVIDIA driver, got none. Install it, or use --backend cpu."
+                "GPU: expected an NVIDIA driver, got none. Install it; mc-generate --backend cpu "
+                "needs none."
             ) from error
         (count,) = self.call("cuDeviceGetCount")
         if not 0 <= ordinal < count:
