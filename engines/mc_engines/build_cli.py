@@ -129,7 +129,7 @@ def main(
     unfit = {} if component else find_unfit(opened, dtype)
     names = [name for name in _choose_components(opened, dtype, component) if name not in unfit]
     parts = divide(opened, names, _parse_partition(partition))
-    fused = {name: check_attention(job, name, allow_unfused) for name in names}
+    fused = {name: check_attention(job, name, allow_unfused, parts) for name in names}
     with _show_progress(quiet) as advance:
         built = [
             provide_engine(job, part, fused[part.component], partial(advance, part.name))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ from mc_engines.building.compile import (
 )
 from mc_engines.building.library import open_library
 from mc_engines.building.network import find_silent_drops, has_softmax, parse_graph
-from mc_engines.building.store import EngineStore
+from mc_engines.building.partition import Part
+from mc_engines.building.store import EngineStore, hash_inputs
 from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files, remove_files
 from mc_engines.errors import BuildError, EngineError
@@ -89,6 +91,61 @@ def test_what_is_there_is_not_built_again(bundle: Path) -> None:
     assert read_files(bundle) == files
     run(bundle, *SMALL, "--height", 256)
     assert len(EngineStore(Bundle.open(bundle)).read()[0]) == 4
+
+
+def test_the_library_is_not_asked_about_attention_that_it_has_built(bundle, monkeypatch) -> None:
+    asked = []
+
+    def ask(*arguments):
+        asked.append(arguments[2:])
+        return has_fused_attention(*arguments)
+
+    monkeypatch.setattr(engines, "has_fused_attention", ask)
+    arguments = bundle, "--component", "block", "--sm", "86"
+    for options, count in [((), 1), ((), 1), (("--sm", "86,89"), 2), (("--dtype", "fp16"), 3)]:
+        run(*arguments, *options)
+        assert len(asked) == count
+    (path,) = (path for path in bundle.glob("engines/*/block.fp16.*.engine"))
+    path.unlink()  # as it cannot be told from one that is not there
+    run(*arguments, "--dtype", "fp16")
+    assert len(asked) == 4
+    unfused = *arguments, "--dtype", "fp32"
+    run(*unfused, "--allow-unfused")
+    assert "expected attention of 2 heads" in run(*unfused, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["graph", "precision", "layers", "targets", "profiles", "workspace", "version", "flags"],
+)
+def test_everything_that_an_engine_is_made_from_is_in_its_key(library, tiny_bundle, change) -> None:
+    """But not the file of measured times, which makes no other engine."""
+    bundle = Bundle.open(tiny_bundle)
+
+    def key(**changed):
+        chosen = {"part": Part("block"), "form": "bf16", "library": library, "size": 64}
+        chosen |= {"targets": (86,), "workspace": None, "times": None} | changed
+        symbols = bound_symbols(bundle.manifest.config, VideoLimits(64, chosen["size"], 97, 5))
+        request = Request(chosen["targets"], [symbols], chosen["workspace"], chosen["times"])
+        return hash_inputs(bundle, chosen["part"], chosen["form"], chosen["library"], request)
+
+    names = "__version__", "BuilderFlag", "ComputeCapability"
+    module = {name: getattr(library.module, name) for name in names}
+    changes = {
+        "graph": {"part": Part("head")},
+        "precision": {"form": "fp16"},
+        "layers": {"part": Part("block", (0, 1))},
+        "targets": {"targets": (89,)},
+        "profiles": {"size": 96},
+        "workspace": {"workspace": 1},
+        "version": {"library": replace(library, module=SimpleNamespace(**module))},
+        "flags": {"library": replace(library, module=SimpleNamespace(**module))},
+    }
+    if change == "version":
+        changes["version"]["library"].module.__version__ = "1.7.1.117"
+    if change == "flags":
+        changes["flags"]["library"].module.BuilderFlag = SimpleNamespace()
+    assert key() == key() == key(times=Path("times")) != key(**changes[change])
 
 
 def test_an_engine_that_lost_its_end_is_built_again_in_a_folder(

@@ -101,7 +101,7 @@ def _build_plan(
     parsed = parse_graph(library, log, graph, path)
     config = parsed.builder.create_builder_config()
     library.set_targets(config, request.targets)
-    library.require_user_allocation(config)
+    library.set_flags(config)
     if request.workspace is not None:
         library.set_workspace(config, request.workspace)
     if request.timing_cache is not None:

@@ -21,7 +21,7 @@ __all__ = [
 
 import hashlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,13 +124,17 @@ def find_unfit(bundle: Bundle, form: Precision) -> dict[str, float]:
     return {name: error for name, error in rough.items() if name not in REQUIRED}
 
 
-def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | None:
+def check_attention(
+    job: Job, component: str, allow_unfused: bool, parts: Sequence[Part] = ()
+) -> bool | None:
     """Refuse a block or a layer of the text encoder whose attention is not one kernel everywhere.
 
     Args:
         job: What is built.
         component: Such as `block`.
         allow_unfused: Do not refuse it.
+        parts: What becomes an engine each; where all of the component's are there already, with
+            attention that was found to be one kernel, the library is not asked again.
 
     Returns:
         Whether it is one kernel, False also where it need not be; None where there is no
@@ -144,6 +148,9 @@ def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | Non
         return False if has_softmax(job.bundle.graph_path(component, job.precision)) else None
     if not job.library.can_check_attention:
         return None
+    engines = [_find(job, part)[1] for part in parts if part.component == component]
+    if engines and all(found is not None and found.fused_attention for found in engines):
+        return True
 
     def is_fused(targets: tuple[int, ...]) -> bool:
         return has_fused_attention(job.library, attention, job.precision, targets)
@@ -159,6 +166,14 @@ def check_attention(job: Job, component: str, allow_unfused: bool) -> bool | Non
             "Use --dtype bf16 or fp16, or build it nevertheless with --allow-unfused."
         )
     return False
+
+
+def _find(job: Job, part: Part) -> tuple[str, Sidecar | None]:
+    """The hash of what an engine is made from, and the engine if it is there."""
+    library, form = job.library, job.precision
+    inputs = hash_inputs(job.bundle, part, form, library, job.request)
+    file = engine_file(library.backend, library.version, part, form, inputs)
+    return inputs, job.store.find(file, inputs)
 
 
 def provide_engine(job: Job, part: Part, fused: bool | None, advance: Advance) -> Outcome:
@@ -179,9 +194,7 @@ def provide_engine(job: Job, part: Part, fused: bool | None, advance: Advance) -
         BundleError: The engine cannot be kept in the bundle.
     """
     form, library, request = job.precision, job.library, job.request
-    inputs = hash_inputs(job.bundle, part, form, library, request)
-    file = engine_file(library.backend, library.version, part, form, inputs)
-    found = job.store.find(file, inputs)
+    inputs, found = _find(job, part)
     if found is not None:
         if found.left_out and part.component in job.required:
             raise BuildError(next(iter(found.left_out.values())))

@@ -38,6 +38,7 @@ _MODULES: dict[Backend, tuple[str, str]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
     "tensorrt": ("tensorrt", "trt"),
 }
+_BUILDER_FLAGS = ("REQUIRE_USER_ALLOCATION",)
 _NO_TARGETS = ("NONE", "CURRENT")  # members of ComputeCapability that name no generation
 
 
@@ -99,11 +100,15 @@ class Library:
                 getattr(self.module.ComputeCapability, f"SM{target}"), place
             )
 
-    def require_user_allocation(self, config: Any) -> None:
-        """Let engines allocate nothing as they run, where that can be asked for."""
-        flag = getattr(self.module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
-        if flag is not None:
-            config.set_flag(flag)
+    @property
+    def builder_flags(self) -> tuple[str, ...]:
+        """Flags of every build: engines allocate nothing as they run, where that can be asked."""
+        return tuple(name for name in _BUILDER_FLAGS if hasattr(self.module.BuilderFlag, name))
+
+    def set_flags(self, config: Any) -> None:
+        """Set `builder_flags` in a builder's configuration."""
+        for name in self.builder_flags:
+            config.set_flag(getattr(self.module.BuilderFlag, name))
 
     def set_workspace(self, config: Any, size: int) -> None:
         """Limit the scratch memory of a build and of its engine, in bytes."""

@@ -150,6 +150,7 @@ def hash_inputs(bundle: Bundle, part: Part, form: str, library: Library, request
         "targets": request.targets,
         "profiles": request.bound(graph_of(bundle, part, form)),
         "workspace": request.workspace,
+        "flags": library.builder_flags,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
