@@ -5,7 +5,15 @@ configurations they were used on; everything else is made by `mc-calibrate` on t
 stored in its manifest. Nothing is guessed: a polynomial of one model says nothing on another.
 """
 
-__all__ = ["POLICIES", "PUBLISHED", "Preset", "choose_policy", "list_presets", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "PUBLISHED",
+    "Preset",
+    "choose_policy",
+    "list_presets",
+    "list_required",
+    "make_policy",
+]
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -260,14 +268,31 @@ def make_policy(name: str, options: Mapping[str, Any], family: str = "skyreels")
             f"policy {name}: expected settings of {', '.join(known) or 'none'}, got "
             f"{', '.join(unknown)}. Leave them out."
         )
-    missing = [key for key, entry in known.items() if entry.default is MISSING]
-    missing = [key for key in missing if key not in options]
+    missing = [key for key in list_required(name, family) if key not in options]
     if missing:
         raise ValueError(
             f"policy {name}: expected {' and '.join(missing)} for this model, got none. Run "
             "mc-calibrate BUNDLE to measure them, or name a preset or --policy-option."
         )
     return build(config_type(**options))
+
+
+def list_required(name: str, family: str = "skyreels") -> tuple[str, ...]:
+    """List the settings that a policy has no default for, because they are a model's.
+
+    Args:
+        name: Of the policy.
+        family: Of the model it is for.
+
+    Returns:
+        Fields of its configuration.
+
+    Example:
+        >>> list_required("flowcache"), list_required("flowcache", "magi")
+        (('threshold', 'coefficients'), ('threshold',))
+    """
+    entries = fields(POLICIES[family][name].config_type)
+    return tuple(entry.name for entry in entries if entry.default is MISSING)
 
 
 def _find_preset(

@@ -1,7 +1,7 @@
 """`mc-calibrate`: measure a bundle, find the settings of a cache policy, store them as a preset.
 
-Neighbours: `calibration` measures, fits and searches; `add_files` replaces the manifest;
-`mc-generate --policy` uses the preset. The flags of the settings are those of `mc-generate`.
+Neighbours: `calibration_job` finds them; `add_files` replaces the manifest; `mc-generate --policy`
+uses the preset. The flags of the settings are those of `mc-generate`.
 """
 
 __all__ = ["main"]
@@ -10,8 +10,8 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,32 +24,16 @@ from mc_engines.bundle_additions import add_files
 from mc_engines.command import command
 from mc_engines.errors import BundleError, require
 from mc_engines.manifest import Manifest
-from mc_runtime.calibration import (
-    MIN_STEPS,
-    Fit,
-    Reference,
-    Samples,
-    fit_rescaling,
-    join_samples,
-    measure_r_squared,
-    record_changes,
-)
-from mc_runtime.display import Display
+from mc_runtime.calibration import MIN_STEPS
+from mc_runtime.calibration_job import Calibration, Job, calibrate
 from mc_runtime.flags import INPUT, choose_options, make_say, setting_options
-from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
-from mc_runtime.prompts import encode_prompts, read_prompts
-from mc_runtime.threshold_search import (
-    Target,
-    Trial,
-    bound_threshold,
-    measure_trial,
-    search_threshold,
-)
+from mc_runtime.prompts import read_prompts
+from mc_runtime.threshold_search import Target
 from mc_runtime.versions import list_versions
-from motioncache import Policy, Preset, make_policy
+from motioncache import Preset
 from motioncache.options import parse_options
-from motioncache.presets import POLICIES, PUBLISHED
+from motioncache.presets import POLICIES, PUBLISHED, list_required
 
 # What moves slowly, fast, hardly, and everywhere at once.
 PROMPTS = (
@@ -61,46 +45,8 @@ PROMPTS = (
     "Snow falls on a quiet mountain village.",
 )
 _DEFAULT_TARGET = Target("speedup", 2.0)
-_LOW_R_SQUARED = 0.5
-_SETTLED = "threshold", "coefficients"  # what is measured and searched
+_ALL = dict.fromkeys(name for known in POLICIES.values() for name in known if name != "none")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is to be calibrated; `options` has the seed of the first prompt's run."""
-
-    pipeline: VideoPipeline
-    prompts: Sequence[str]
-    options: GenerationOptions
-    decode: bool
-    policy: str
-    policy_options: Mapping[str, Any]
-    target: Target
-    key: str
-    quiet: bool
-    say: Callable[[str], None]
-
-    @property
-    def warmup_steps(self) -> int:
-        """Of the policy: its last step that is computed in full."""
-        warmup_steps: int = self.make_policy(0.0, (1.0, 0.0)).config.warmup_steps
-        return warmup_steps
-
-    def make_policy(self, threshold: float, coefficients: tuple[float, ...]) -> Policy:
-        """Bind a threshold and coefficients."""
-        settled = {"threshold": threshold, "coefficients": coefficients}
-        family = self.pipeline.family.name
-        return make_policy(self.policy, {**self.policy_options, **settled}, family)
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What a calibration found; `r_squared` is that on the runs that were not fitted."""
-
-    fit: Fit
-    r_squared: float
-    best: Trial
 
 
 @command("mc-calibrate")
@@ -120,10 +66,9 @@ class _Result:
 )
 @click.option(
     "--policy",
-    type=click.Choice([name for name in POLICIES["skyreels"] if name != "none"]),
     default="motioncache",
     show_default=True,
-    help="The policy to calibrate.",
+    help=f"The policy to calibrate: {', '.join(_ALL)}; those that BUNDLE's family has.",
 )
 @click.option(
     "--policy-option",
@@ -151,22 +96,22 @@ def main(
     """Find the settings of a cache policy for BUNDLE by running it, and store them as a preset.
 
     Every prompt is generated once without a cache: half of them to fit how much the model's output
-    changes from step to step, half to try up to ten thresholds on. Choose a small --height,
-    --width and --num-frames: at the size of a published model a CPU would take days. Keep the
-    --num-inference-steps of the runs that the preset is for.
+    changes from step to step, half to try up to ten thresholds on. (MAGI-1 has no fit: all are
+    for the thresholds.) Choose a small --height, --width and --num-frames: at the size of a
+    published model a CPU would take days. Keep the --num-inference-steps of the runs that the
+    preset is for.
     """
     target = _choose_target(target_psnr, target_speedup)
     texts = PROMPTS if prompts is None else read_prompts(prompts, least=2)
     pipeline = VideoPipeline.from_bundle(bundle, threads)
-    pipeline.family.require("mc-calibrate")
-    key = _check_preset(pipeline, policy, name, overwrite)
     policy_options = _parse_policy_options(pipeline.family.name, policy, policy_option)
+    key = _check_preset(pipeline, policy, name, overwrite)
     decode = _check_frames(pipeline, target)
     say = make_say(quiet)
     options = choose_options(pipeline.default_options, settings)
-    job = _Job(pipeline, texts, options, decode, policy, policy_options, target, key, quiet, say)
+    job = Job(pipeline, texts, options, decode, policy, policy_options, target, key, quiet, say)
     _check_steps(job)
-    preset = _make_preset(job, _calibrate(job))
+    preset = _make_preset(job, calibrate(job))
     add_files(bundle, {}, partial(_store, preset))
     click.echo(f"Use it: {_command_line(job, preset)}")
 
@@ -211,8 +156,15 @@ def _check_preset(pipeline: VideoPipeline, policy: str, name: str, overwrite: bo
 
 
 def _parse_policy_options(family: str, policy: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Refuse a policy that the family lacks, and settings that are to be found."""
+    known = [name for name in POLICIES[family] if name != "none"]
+    if policy not in known:
+        raise ValueError(
+            f"policy: expected one of {', '.join(known)} for the family {family}, got {policy}. "
+            "Choose one of these."
+        )
     options = parse_options(POLICIES[family][policy].config_type, pairs)
-    for field in _SETTLED:
+    for field in list_required(policy, family):
         if field in options:
             raise ValueError(
                 f"policy option {field}: expected none, as mc-calibrate finds it, got one. "
@@ -235,95 +187,35 @@ def _check_frames(pipeline: VideoPipeline, target: Target) -> bool:
     return False
 
 
-def _check_steps(job: _Job) -> None:
+def _check_steps(job: Job) -> None:
     """Refuse settings that do not fit the bundle or the policy; nothing is computed yet."""
-    job.make_policy(0.0, (1.0, 0.0)).check(job.pipeline.plan(job.options).shape)
-    steps, least = job.options.num_inference_steps, job.warmup_steps + 1 + MIN_STEPS
+    policy, steps = job.make_policy(0.0), job.options.num_inference_steps
+    policy.check(job.pipeline.plan(job.options).shape)
+    least = job.warmup_steps + 1 + MIN_STEPS
     if steps < least:
         raise ValueError(
             f"num_inference_steps: expected at least {least}, {MIN_STEPS} more than the warm-up "
             f"computes in full, got {steps}. Raise it or lower warmup_steps."
         )
-
-
-def _plan_runs(job: _Job) -> list[dict[str, Any]]:
-    """Make the arguments of one run per prompt, each with a seed of its own."""
-    encoded = encode_prompts(job.pipeline, job.prompts, job.options, job.say)
-    return [
-        {
-            **embeddings,
-            "options": replace(job.options, seed=job.options.seed + number),
-            "decode": job.decode,
-        }
-        for number, embeddings in enumerate(encoded)
-    ]
-
-
-def _calibrate(job: _Job) -> _Result:
-    """Fit on the runs of one half, search on those of the other, and print both."""
-    runs = _plan_runs(job)
-    fitted: list[Samples] = []
-    references: list[Reference] = []
-    for number, inputs in enumerate(runs):
-        reference = _record(job, number, inputs)
-        if number % 2:
-            references.append(reference)
-        else:  # its frames need not be kept
-            fitted.append(reference.samples)
-    fit = fit_rescaling(join_samples(fitted).after(job.warmup_steps))
-    others = join_samples([reference.samples for reference in references]).after(job.warmup_steps)
-    r_squared = measure_r_squared(fit.coefficients, others)
-    click.echo(
-        f"Fit: degree {fit.degree}, R-squared {fit.r_squared:.3f} on {len(fitted)} runs, "
-        f"{r_squared:.3f} on {len(references)} others."
-    )
-    if min(fit.r_squared, r_squared) < _LOW_R_SQUARED:
-        job.say(
-            "How far the timestep moves says little about how much this model's output changes: "
-            "the policy will hardly do better than reuse at fixed intervals."
+    # A rule whose coarse phase lasts for a number of steps; the last one may be forced.
+    beyond = getattr(policy.config, "coarse_end", 0) - (steps - 2)
+    if beyond > 0:
+        coarse = policy.config.coarse_steps
+        raise ValueError(
+            f"coarse_steps: expected at most {coarse - beyond} with {steps} steps, so that tokens "
+            f"are chosen in one, got {coarse}. Lower it by --policy-option, or take flowcache."
         )
-    return _Result(fit, r_squared, _search(job, fit, references))
 
 
-def _record(job: _Job, number: int, inputs: Mapping[str, Any]) -> Reference:
-    purpose = "search" if number % 2 else "fit"
-    job.say(f"Uncached run {number + 1} of {len(job.prompts)}, for the {purpose}")
-    with Display(job.quiet) as display:
-        return record_changes(job.pipeline, inputs, display.advance)
-
-
-def _search(job: _Job, fit: Fit, references: Sequence[Reference]) -> Trial:
-    """Search the threshold, and print a line per trial."""
-    click.echo(f"{'threshold':>11}{'speed-up':>10}{'wall ratio':>12}{'PSNR':>11}")
-
-    def evaluate(threshold: float) -> Trial:
-        policy = job.make_policy(threshold, fit.coefficients)
-        with Display(job.quiet) as display:
-            trial = measure_trial(job.pipeline, policy, references, display.advance)
-        click.echo(_row(trial))
-        return trial
-
-    any_threshold = job.make_policy(0.0, fit.coefficients)
-    bound = bound_threshold(job.pipeline, job.options, any_threshold, fit)
-    best, _ = search_threshold(evaluate, job.target, bound)
-    click.echo(f"{_row(best)}  kept")
-    return best
-
-
-def _row(trial: Trial) -> str:
-    psnr = {None: "", np.inf: "identical"}.get(trial.psnr, f"{trial.psnr or 0:.2f} dB")
-    return f"{trial.threshold:>11g}{trial.speedup:>10.2f}{trial.wall_ratio:>12.2f}{psnr:>11}"
-
-
-def _make_preset(job: _Job, result: _Result) -> Preset:
+def _make_preset(job: Job, result: Calibration) -> Preset:
     """The settings, with where they come from."""
-    best, policy = result.best, job.make_policy(result.best.threshold, result.fit.coefficients)
+    best = result.best
     psnr = None if best.psnr in (None, np.inf) else best.psnr
     reached = {"psnr": psnr, "flops_speedup": best.speedup, "wall_ratio": best.wall_ratio}
     return Preset(
         job.policy,
         job.key.partition(":")[2],
-        asdict(policy.config),
+        asdict(result.policy.config),
         "calibrated",
         _describe_source(job, result),
         family=job.pipeline.bundle.manifest.family,
@@ -332,7 +224,7 @@ def _make_preset(job: _Job, result: _Result) -> Preset:
     )
 
 
-def _describe_source(job: _Job, result: _Result) -> str:
+def _describe_source(job: Job, result: Calibration) -> str:
     """Everything it takes to judge the preset, or to make it again; no path of this machine."""
     options, count = job.options, len(job.prompts)
     digest = hashlib.sha256("\n".join(job.prompts).encode()).hexdigest()
@@ -344,10 +236,10 @@ def _describe_source(job: _Job, result: _Result) -> str:
             _list_facts({"policy": job.policy, **job.policy_options}),
             f"target {job.target.metric} {job.target.value:g}",
             f"{count} prompts, sha256 {digest}",
-            f"seeds {options.seed} to {options.seed + count - 1}, every other one for the fit",
+            f"seeds {options.seed} to {options.seed + count - 1}"
+            + ", every other one for the fit" * job.rescales,
             _list_facts({key: value for key, value in asdict(options).items() if key != "seed"}),
-            f"degree {result.fit.degree}, R-squared {result.fit.r_squared:.4f}, "
-            f"on other prompts {result.r_squared:.4f}",
+            result.fit,
         )
     )
 
@@ -360,7 +252,7 @@ def _store(preset: Preset, manifest: Manifest) -> Manifest:
     return replace(manifest, presets={**manifest.presets, preset.key: preset.to_json()})
 
 
-def _command_line(job: _Job, preset: Preset) -> str:
+def _command_line(job: Job, preset: Preset) -> str:
     """A line that uses the preset, with as many steps as it was made for."""
     line = ["mc-generate", str(job.pipeline.bundle.path), "--policy", preset.key]
     steps = ["--num-inference-steps", str(preset.steps)]

@@ -1,9 +1,10 @@
-"""Fitting the rescaling of a cache policy to a bundle, on uncached runs of it.
+"""Uncached runs of a bundle, and fitting the rescaling of a cache policy to them.
 
 `record_changes` measures how much the block output of every chunk changes from step to step,
-`fit_rescaling` predicts that from the change of the modulation. Neighbours: `mc-calibrate` runs
-both and then `search_threshold`; `motioncache.distance.rescale` evaluates the polynomial in every
-run with the preset.
+`fit_rescaling` predicts that from the change of the modulation. Both are for the rules that
+rescale, those of SkyReels-V2; a rule that takes distances as they are needs `run_uncached` alone.
+Neighbours: `calibration_job` runs them and then `search_threshold`; `motioncache.distance.rescale`
+evaluates the polynomial in every run with the preset.
 """
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "join_samples",
     "measure_r_squared",
     "record_changes",
+    "run_uncached",
 ]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,21 +78,43 @@ class Reference:
 
     Attributes:
         inputs: Arguments of `VideoPipeline.run`, `options` among them.
-        video: What it gave. Its trace's time includes that of measuring the changes, one look at
-            the output per step.
-        samples: What changed.
+        video: What it gave. Its trace's time includes that of measuring the changes where they are
+            measured, one look at the output per step.
     """
 
     inputs: Mapping[str, Any]
     video: Video
-    samples: Samples
+
+
+def run_uncached(
+    pipeline: VideoPipeline,
+    inputs: Mapping[str, Any],
+    callback: Callable[[Progress], None] = lambda _: None,
+) -> Reference:
+    """Generate without a cache.
+
+    Args:
+        pipeline: Of the bundle.
+        inputs: Arguments of `VideoPipeline.run`, with `options`.
+        callback: Called after every row of the schedule.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: A setting or an input that cannot be generated from.
+        EngineError: An engine failed, or computed NaN.
+    """
+    # The policy itself, not its name: looking one up would read the presets of the bundle, and a
+    # damaged one could not be replaced.
+    return Reference(inputs, pipeline.run(**inputs, policy=none(), callback=callback))
 
 
 def record_changes(
     pipeline: VideoPipeline,
     inputs: Mapping[str, Any],
     callback: Callable[[Progress], None] = lambda _: None,
-) -> Reference:
+) -> tuple[Reference, Samples]:
     """Generate without a cache and measure how much changes from step to step.
 
     Args:
@@ -99,7 +123,7 @@ def record_changes(
         callback: Called after every row of the schedule.
 
     Returns:
-        The run, with a sample per step but the first, chunk and guidance branch.
+        The run, and a sample per step but the first, chunk and guidance branch.
 
     Raises:
         ValueError: A setting or an input that cannot be generated from.
@@ -110,13 +134,11 @@ def record_changes(
     recorder = _Recorder(transformer.runners["head"], calls)
     observed = copy(pipeline)  # shares every engine that is already open
     observed.transformer = replace(transformer, runners={**transformer.runners, "head": recorder})
-    # The policy itself, not its name: looking one up would read the presets of the bundle, and a
-    # damaged one could not be replaced.
-    video = observed.run(**inputs, policy=none(), callback=callback)
+    reference = run_uncached(observed, inputs, callback)
     steps = np.array(recorder.steps, np.int64)
     table = measure_distances(pipeline, inputs["options"])
     distances = np.array([table.of_step(step) for step in recorder.steps])
-    return Reference(inputs, video, Samples(steps, distances, np.array(recorder.changes)))
+    return reference, Samples(steps, distances, np.array(recorder.changes))
 
 
 class _Recorder:

@@ -1,10 +1,11 @@
 """Finding the threshold of a cache policy that reaches a PSNR or a speed-up on a bundle.
 
-Neighbours: `mc-calibrate` makes a polynomial by `fit_rescaling`, then calls `search_threshold`,
-which tries thresholds by `measure_trial` on the uncached runs of `record_changes`.
+Neighbours: `mc-calibrate` makes a polynomial by `fit_rescaling` for a rule that has one, then
+calls `search_threshold`, which tries thresholds by `measure_trial` on the uncached runs of
+`record_changes`.
 """
 
-__all__ = ["Target", "Trial", "bound_threshold", "measure_trial", "search_threshold"]
+__all__ = ["UNREACHED", "Target", "Trial", "measure_trial", "search_threshold"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,53 +13,17 @@ from typing import Literal
 
 import numpy as np
 
-from mc_runtime.calibration import Fit, Reference
-from mc_runtime.distances import measure_distances
+from mc_runtime.calibration import Reference
 from mc_runtime.fidelity import compare_videos
 from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.generation import Progress
-from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from motioncache import DecisionTrace, Policy
-from motioncache.distance import rescale
 
+UNREACHED = 1e9  # above everything that a run can accumulate
 SEARCH_TRIALS = 10  # resolve a five-hundredth of the range of thresholds
 _NARROW = 0.02  # of that range
 _DIGITS = 4  # significant ones of a threshold
-
-
-def bound_threshold(
-    pipeline: VideoPipeline, options: GenerationOptions, policy: Policy, fit: Fit
-) -> float:
-    """Return a threshold that no accumulated distance reaches, and not much more.
-
-    Args:
-        pipeline: Of the bundle.
-        options: Of the runs.
-        policy: Of these coefficients, with any threshold.
-        fit: The coefficients.
-
-    Returns:
-        The rescaled distances after the warm-up, added up over the steps of a chunk, or over the
-        rows of a window where the policy decides row by row; the greatest of the windows.
-    """
-    table = measure_distances(pipeline, options)
-    if policy.scope == "chunk":
-        distances = [[table.of_step(step) for step in range(options.num_inference_steps)]]
-    else:
-        distances = [
-            [
-                table.of_row((step[update] - 1).tolist())
-                for step, update in zip(matrix.step, matrix.update, strict=True)
-            ]
-            for matrix in pipeline.plan(options).matrices
-        ]
-    first = policy.config.warmup_steps + 1
-    totals = [
-        sum(rescale(fit.coefficients, distance, clamp=True) for distance in window[first:])
-        for window in distances
-    ]
-    return _round(1.01 * max(totals))
 
 
 @dataclass(frozen=True)
@@ -66,7 +31,8 @@ class Trial:
     """What a threshold reached.
 
     Attributes:
-        threshold: Of the policy.
+        threshold: Of the policy; where nothing came near it, the lowest, to a percent, with which
+            the runs would have been the same.
         speedup: Operations of the uncached runs over those of the policy's.
         wall_ratio: The same of the times of denoising.
         psnr: Mean over the runs, in dB; infinite if all are equal to the uncached ones, None
@@ -106,11 +72,12 @@ class Target:
 
 
 def search_threshold(
-    evaluate: Callable[[float], Trial], target: Target, bound: float
+    evaluate: Callable[[float], Trial], target: Target
 ) -> tuple[Trial, list[Trial]]:
     """Find the threshold that reaches a target, by bisection.
 
-    Threshold 0 recomputes everything, so only the bound is tried before halving. A higher
+    Threshold 0 recomputes everything. The first trial is of one that is never reached; from what
+    accumulates in it the trial knows the lowest that does the same, below which is halved. A higher
     threshold saves more work and changes more, as a rule; where it does not, the best trial that
     reached the target still counts. In a narrow interval, a trial that saves what another saved
     ends the search: there the schedule jumps, and where exactly makes no difference.
@@ -118,7 +85,6 @@ def search_threshold(
     Args:
         evaluate: Tries a threshold; called at most ten times.
         target: What is to be reached.
-        bound: Threshold at which nothing is recomputed that need not be.
 
     Returns:
         The best trial, and all of them in their order.
@@ -126,8 +92,9 @@ def search_threshold(
     Raises:
         ValueError: No trial reached the target; the message says what was reached.
     """
-    trials = [evaluate(bound)]
-    low, high = 0.0, bound
+    trials = [evaluate(UNREACHED)]
+    low, high = 0.0, trials[0].threshold
+    narrow = _NARROW * high
     while len(trials) < SEARCH_TRIALS and target.allows_less(trials[0]):
         trials.append(evaluate(_round((low + high) / 2)))
         if target.allows_less(trials[-1]):
@@ -135,7 +102,7 @@ def search_threshold(
         else:
             low = trials[-1].threshold
         known = {trial.speedup for trial in trials[:-1]}
-        if high - low < _NARROW * bound and trials[-1].speedup in known:
+        if high - low < narrow and trials[-1].speedup in known:
             break
     met = [trial for trial in trials if target.is_met(trial)]
     if not met:
@@ -204,11 +171,17 @@ def measure_trial(
         for measure in (lambda trace: count_work(flops, trace, padded=True).total, _milliseconds)
     )
     return Trial(
-        policy.config.threshold,
+        min(policy.config.threshold, _bound_threshold(traces)),
         work[0] / work[1],
         time[0] / time[1],
         _mean_psnr(psnr) if psnr else None,
     )
+
+
+def _bound_threshold(traces: Sequence[DecisionTrace]) -> float:
+    """A threshold above all that accumulated, and not much: what stayed below it still does."""
+    highest = max(float(np.nanmax(trace.accumulated, initial=0.0)) for trace in traces)
+    return _round(1.01 * highest) or 1.0
 
 
 def _milliseconds(trace: DecisionTrace) -> float:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from mc_engines.bundle import Bundle
 from mc_engines.bundle_additions import add_files
 from mc_engines.verify import find_faults
-from mc_runtime import calibrate_cli
+from mc_runtime import calibrate_cli, calibration_job
 from mc_runtime.calibrate_cli import PROMPTS, main
 from mc_runtime.pipeline import VideoPipeline
-from motioncache.presets import POLICIES
+from motioncache.presets import POLICIES, list_required
 
 SIZES = (
     *("--height", 32, "--width", 32, "--num-frames", 37, "--base-num-frames", 37),
@@ -121,8 +121,8 @@ def test_a_psnr_is_reached_by_the_fastest_trial_that_keeps_it(bundle, two_prompt
 
 def test_the_search_uses_other_prompts_and_seeds_than_the_fit(bundle, monkeypatch):
     recorded, searched, measured = [], [], []
-    record, measure = calibrate_cli.record_changes, calibrate_cli.measure_trial
-    fit = calibrate_cli.fit_rescaling
+    record, measure = calibration_job.record_changes, calibration_job.measure_trial
+    fit = calibration_job.fit_rescaling
 
     def note_record(pipeline, inputs, callback):
         recorded.append(record(pipeline, inputs, callback))
@@ -136,15 +136,16 @@ def test_the_search_uses_other_prompts_and_seeds_than_the_fit(bundle, monkeypatc
         measured.append(samples)
         return fit(samples)
 
-    monkeypatch.setattr(calibrate_cli, "record_changes", note_record)
-    monkeypatch.setattr(calibrate_cli, "measure_trial", note_measure)
-    monkeypatch.setattr(calibrate_cli, "fit_rescaling", note_fit)
+    monkeypatch.setattr(calibration_job, "record_changes", note_record)
+    monkeypatch.setattr(calibration_job, "measure_trial", note_measure)
+    monkeypatch.setattr(calibration_job, "fit_rescaling", note_fit)
     calibrate(bundle, *QUICK, "--target-psnr", 1, "--guidance-scale", 1)
-    assert len(recorded) == len(PROMPTS)
-    assert searched == [[recorded[1], recorded[3], recorded[5]]]
-    assert len({run.inputs["options"].seed for run in recorded}) == len(PROMPTS)
-    assert len({run.inputs["prompt_embeds"].tobytes() for run in recorded}) == len(PROMPTS)
-    changes = [run.samples.change[run.samples.step > 1] for run in recorded[::2]]
+    runs, samples = zip(*recorded, strict=True)
+    assert len(runs) == len(PROMPTS)
+    assert searched == [[runs[1], runs[3], runs[5]]]
+    assert len({run.inputs["options"].seed for run in runs}) == len(PROMPTS)
+    assert len({run.inputs["prompt_embeds"].tobytes() for run in runs}) == len(PROMPTS)
+    changes = [of_run.change[of_run.step > 1] for of_run in samples[::2]]
     np.testing.assert_array_equal(measured[0].change, np.concatenate(changes))
 
 
@@ -173,13 +174,13 @@ def test_ctrl_c_leaves_the_bundle_as_it_was(bundle, two_prompts, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate_cli, "measure_trial", interrupt)
+    monkeypatch.setattr(calibration_job, "measure_trial", interrupt)
     refused("Interrupted.", bundle, *QUICK, "--prompts", two_prompts, code=130)
     assert find_faults(bundle) == []
 
 
 def test_a_poor_fit_is_told_and_quiet_tells_nothing(bundle, two_prompts, monkeypatch):
-    monkeypatch.setattr(calibrate_cli, "measure_r_squared", lambda *_: 0.49)
+    monkeypatch.setattr(calibration_job, "measure_r_squared", lambda *_: 0.49)
     arguments = (*QUICK, "--prompts", two_prompts, "--target-psnr", 1)
     result = calibrate(bundle, *arguments)
     assert "the policy will hardly do better than reuse at fixed intervals." in result.stderr
@@ -191,7 +192,7 @@ def test_a_preset_is_replaced_only_on_demand_damaged_or_not(bundle, two_prompts,
     add_preset(bundle, "flowcache:calibrated")
     arguments = (*QUICK, "--prompts", two_prompts, "--target-psnr", 1)
     with monkeypatch.context() as context:
-        context.setattr(calibrate_cli, "record_changes", None)
+        context.setattr(calibration_job, "record_changes", None)
         refused(
             f"{bundle}: expected no preset flowcache:calibrated, got one. "
             "Replace it with --overwrite, or choose another --name.",
@@ -226,6 +227,11 @@ def test_a_preset_is_replaced_only_on_demand_damaged_or_not(bundle, two_prompts,
         (
             ("--prompts", "{file}"),
             "{file}: expected different prompts, one per line, at least 2, got 1. Write more.",
+        ),
+        (
+            ("--policy", "none"),
+            "policy: expected one of teacache, flowcache, motioncache for the family skyreels, "
+            "got none. Choose one of these.",
         ),
         (
             ("--policy-option", "threshold=0.1"),
@@ -270,8 +276,12 @@ def test_the_help_states_the_default_target_and_asks_for_a_small_size():
     assert "[default: (50)]" in text
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES["skyreels"] if name != "none"])
-def test_what_is_measured_is_what_a_policy_has_no_default_for(name):
-    entries = fields(POLICIES["skyreels"][name].config_type)
-    missing = {entry.name for entry in entries if entry.default is MISSING}
-    assert missing == set(calibrate_cli._SETTLED)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family, known in POLICIES.items() for name in known if name != "none"],
+)
+def test_what_is_found_is_what_a_policy_has_no_default_for(family, name):
+    """The coefficients are fitted; all else, which takes one searched number, are thresholds."""
+    required = set(list_required(name, family))
+    assert "threshold" in required
+    assert required <= {"threshold", "coefficients", "chunk_threshold"}

@@ -10,21 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mc_runtime.calibration import (
-    Fit,
     Samples,
     fit_rescaling,
     join_samples,
     measure_r_squared,
     record_changes,
+    run_uncached,
 )
 from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.sampler import sampler_table
 from mc_runtime.threshold_search import (
+    UNREACHED,
     Target,
     Trial,
-    bound_threshold,
     measure_trial,
     search_threshold,
 )
@@ -83,7 +83,7 @@ def capture_outputs(pipeline, inputs):
 def test_changes_are_those_of_the_captured_outputs(tiny, frames, guidance):
     options = replace(OPTIONS, num_frames=frames, guidance_scale=guidance)
     inputs = draw_inputs(options)
-    reference = record_changes(tiny, inputs)
+    _, samples = record_changes(tiny, inputs)
     timesteps = sampler_table(6, 8.0, "diffusers", "aliased").timesteps
     e0 = tiny.transformer.encode_timesteps(timesteps, 24).modulation.astype(np.float64)
     before, expected = {}, []
@@ -99,18 +99,18 @@ def test_changes_are_those_of_the_captured_outputs(tiny, frames, guidance):
     step, x, y = zip(*expected, strict=True)
     branches, chunks = 1 + (guidance > 1), (frames + 3) // 20
     assert len(step) == (6 - 1) * branches * chunks
-    assert reference.samples.step.tolist() == list(step)
-    np.testing.assert_allclose(reference.samples.distance, x, rtol=1e-6)
-    np.testing.assert_allclose(reference.samples.change, y, rtol=1e-5)
-    assert len(np.unique(reference.samples.change)) == len(y)
+    assert samples.step.tolist() == list(step)
+    np.testing.assert_allclose(samples.distance, x, rtol=1e-6)
+    np.testing.assert_allclose(samples.change, y, rtol=1e-5)
+    assert len(np.unique(samples.change)) == len(y)
 
 
 def test_measuring_changes_neither_the_run_nor_the_pipeline(tiny):
     inputs = draw_inputs(OPTIONS)
     transformer = tiny.transformer
-    video = record_changes(tiny, inputs).video
+    reference, _ = record_changes(tiny, inputs)
     assert tiny.transformer is transformer
-    np.testing.assert_array_equal(video.latents, tiny.run(**inputs).latents)
+    np.testing.assert_array_equal(reference.video.latents, tiny.run(**inputs).latents)
 
 
 def draw_samples(coefficients, noise, steps=40, seed=0):
@@ -180,12 +180,14 @@ def test_samples_are_joined_and_cut_together():
 
 
 class Curve:
-    """Trials of a made-up model; speed-up and PSNR follow the threshold."""
+    """Trials of a made-up model; speed-up and PSNR follow the threshold up to a bound."""
 
-    def __init__(self, speedup=lambda t: 1 + t, psnr=lambda t: 50 - 10 * t):
-        self.speedup, self.psnr, self.tried = speedup, psnr, []
+    def __init__(self, speedup=lambda t: 1 + t, psnr=lambda t: 50 - 10 * t, bound=3.0):
+        self.speedup, self.psnr, self.tried, self.bound = speedup, psnr, [], bound
 
     def __call__(self, threshold):
+        assert not self.tried or threshold < self.bound
+        threshold = min(threshold, self.bound)
         self.tried.append(threshold)
         return Trial(threshold, self.speedup(threshold), 1.0, self.psnr(threshold))
 
@@ -193,7 +195,7 @@ class Curve:
 @given(st.floats(1.01, 3.9))
 def test_the_search_finds_the_least_threshold_of_a_speedup(speedup):
     curve = Curve()
-    best, trials = search_threshold(curve, Target("speedup", speedup), 3.0)
+    best, trials = search_threshold(curve, Target("speedup", speedup))
     assert speedup - 1 <= best.threshold <= speedup - 1 + 0.01
     assert [trial.threshold for trial in trials] == curve.tried
     assert len(curve.tried) <= 10
@@ -201,7 +203,7 @@ def test_the_search_finds_the_least_threshold_of_a_speedup(speedup):
 
 @given(st.floats(20.1, 49.9))
 def test_the_search_finds_the_highest_speedup_of_a_psnr(decibels):
-    best, trials = search_threshold(Curve(), Target("psnr", decibels), 3.0)
+    best, trials = search_threshold(Curve(), Target("psnr", decibels))
     limit = (50 - decibels) / 10
     assert limit - 0.01 <= best.threshold <= limit
     assert len(trials) <= 10
@@ -209,13 +211,13 @@ def test_the_search_finds_the_highest_speedup_of_a_psnr(decibels):
 
 def test_a_jump_is_not_looked_for_where_it_makes_no_difference():
     curve = Curve(speedup=lambda t: 1 + (t > 1.3))
-    best, _ = search_threshold(curve, Target("speedup", 1.5), 3.0)
+    best, _ = search_threshold(curve, Target("speedup", 1.5))
     assert len(curve.tried) == 7  # 3 / 2^6 is less than 2 % of 3
     assert 1.3 < best.threshold < 1.36
 
 
 def test_a_psnr_that_the_boldest_threshold_keeps_takes_one_trial():
-    best, trials = search_threshold(Curve(), Target("psnr", 20), 3.0)
+    best, trials = search_threshold(Curve(), Target("psnr", 20))
     assert trials == [best]
     assert best.threshold == 3
 
@@ -224,20 +226,20 @@ def test_where_more_is_not_faster_the_best_trial_still_counts():
     curve = Curve(
         speedup=lambda t: {1.5: 3.0, 2.25: 2.5}.get(t, 2.0), psnr=lambda t: 30 - (t > 2.3)
     )
-    best, _ = search_threshold(curve, Target("psnr", 30), 3.0)
+    best, _ = search_threshold(curve, Target("psnr", 30))
     assert best.speedup == pytest.approx(3)
 
 
 def test_of_equally_fast_trials_the_nearest_to_the_uncached_run_is_taken():
     curve = Curve(speedup=lambda t: 2.0, psnr=lambda t: 31 + (t > 0.9) if t < 1 else 20)
-    best, trials = search_threshold(curve, Target("psnr", 30), 3.0)
+    best, trials = search_threshold(curve, Target("psnr", 30))
     assert best.psnr == max(trial.psnr for trial in trials) == 32
 
 
 def test_a_speedup_out_of_reach_says_what_was_reached():
     curve = Curve()
     with pytest.raises(ValueError, match="speed-up") as error:
-        search_threshold(curve, Target("speedup", 5), 3.0)
+        search_threshold(curve, Target("speedup", 5))
     assert curve.tried == [3.0]
     assert str(error.value) == (
         "target speed-up: expected 5, got at most 4.00 with threshold 3. "
@@ -246,9 +248,11 @@ def test_a_speedup_out_of_reach_says_what_was_reached():
 
 
 def test_a_psnr_out_of_reach_says_what_was_reached():
-    curve = Curve(speedup=lambda t: 1 + (t > 0.1), psnr=lambda t: 45 - t if t > 0.1 else 70)
+    curve = Curve(
+        speedup=lambda t: 1 + (t > 0.1), psnr=lambda t: 45 - t if t > 0.1 else 70, bound=4.0
+    )
     with pytest.raises(ValueError, match="PSNR") as error:
-        search_threshold(curve, Target("psnr", 60), 4.0)
+        search_threshold(curve, Target("psnr", 60))
     assert min(curve.tried) < 0.1
     assert str(error.value) == (
         "target PSNR: expected 60 dB with some work saved, got at most 44.88 dB with threshold "
@@ -261,24 +265,33 @@ def test_a_psnr_out_of_reach_says_what_was_reached():
     [("teacache", {}), ("motioncache", {"compat": "reference"})],
     ids=["by row", "by chunk"],
 )
-def test_at_the_bound_nothing_is_recomputed_and_just_below_something_is(tiny, name, options):
-    """The last step is not forced in these policies."""
+def test_a_threshold_that_nothing_reaches_becomes_the_lowest_of_that_kind(tiny, name, options):
+    """The last step is not forced in these policies, so that all distances are added up."""
     settings = {"warmup_steps": 1, "coefficients": (2.0, 0.1), **options}
-    policy = make_policy(name, {**settings, "threshold": 0.0})
-    bound = bound_threshold(tiny, OPTIONS, policy, Fit((2.0, 0.1), 1.0))
+    references = [run_uncached(tiny, draw_inputs(OPTIONS))]
 
-    def recomputed(threshold):
+    def measure(threshold):
         policy = make_policy(name, {**settings, "threshold": threshold})
-        trace = tiny.run(**draw_inputs(OPTIONS), policy=policy).trace
-        chosen = ~np.isnan(trace.distance) & (trace.step > 1)[:, None]
-        return bool((trace.recompute[chosen] == 1).any())
+        return measure_trial(tiny, policy, references)
 
-    assert not recomputed(bound)
-    assert recomputed(0.98 * bound)
+    timesteps = sampler_table(6, 8.0, "diffusers", "aliased").timesteps
+    e0 = tiny.transformer.encode_timesteps(timesteps, 24).modulation.astype(np.float64)
+    change, scale = np.abs(np.diff(e0, axis=0)).mean((1, 2)), np.abs(e0[:-1]).mean((1, 2))
+    matrix = tiny.plan(OPTIONS).matrices[0]
+    taken = [step[update] - 2 for step, update in zip(matrix.step, matrix.update, strict=True)]
+    if name == "motioncache":
+        taken = [[step] for step in range(-1, 5)]
+    moved = [[step for step in steps if step >= 0] for steps in taken[2:]]  # after the warm-up
+    highest = sum(2 * change[steps].sum() / scale[steps].sum() + 0.1 for steps in moved)
+    unreached, lower = measure(UNREACHED), measure(0.98 * 1.01 * highest)
+    assert unreached.threshold == pytest.approx(1.01 * highest, rel=1e-3)
+    assert measure(unreached.threshold).speedup == unreached.speedup
+    assert lower.speedup < unreached.speedup
+    assert lower.threshold == pytest.approx(0.98 * 1.01 * highest)
 
 
 def test_a_trial_compares_work_time_and_frames(tiny):
-    references = [record_changes(tiny, draw_inputs(OPTIONS, seed, decode=True)) for seed in (1, 2)]
+    references = [run_uncached(tiny, draw_inputs(OPTIONS, seed, decode=True)) for seed in (1, 2)]
     settings = {"warmup_steps": 1, "coefficients": (1.0, 0.0)}
     policy = make_policy("flowcache", {**settings, "threshold": 100.0})
     trial = measure_trial(tiny, policy, references)
@@ -291,7 +304,7 @@ def test_a_trial_compares_work_time_and_frames(tiny):
         difference = reference.video.frames.astype(float) - video.frames
         per_frame = (difference**2).mean(axis=(1, 2, 3))
         errors.append((10 * np.log10(255**2 / per_frame[per_frame > 0])).mean())
-    assert trial.threshold == 100
+    assert trial.threshold < 10  # nothing comes near 100
     assert trial.speedup == pytest.approx(works[0] / works[1])
     assert trial.speedup > 1.3
     assert trial.psnr == pytest.approx(np.mean(errors))
@@ -302,6 +315,6 @@ def test_threshold_0_changes_nothing_and_runs_without_frames_have_no_psnr(tiny):
     settings = {"threshold": 0.0, "coefficients": (1.0, 0.0), "warmup_steps": 1}
     policy = make_policy("motioncache", settings)
     for decode, psnr in ((True, np.inf), (False, None)):
-        reference = record_changes(tiny, draw_inputs(OPTIONS, decode=decode))
+        reference = run_uncached(tiny, draw_inputs(OPTIONS, decode=decode))
         trial = measure_trial(tiny, policy, [reference])
         assert (trial.speedup, trial.psnr) == (1, psnr)

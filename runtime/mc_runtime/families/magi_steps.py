@@ -220,13 +220,18 @@ class MagiSteps:
         for number, branch in enumerate(schedule.branches):
             if not schedule.takes_part(number, chunk, active):
                 continue
-            window.write_pass(
-                number, chunk, Mode.of(len(rows), window.shape.tokens), self._padded(len(rows))
-            )
+            due = rows
+            if branch.alone and len(rows) and (number, chunk) not in self.started:
+                self.started.add((number, chunk))
+                due = self._tokens  # as it has no keys of the chunk yet
+            mode = Mode.of(len(due), window.shape.tokens)
+            window.write_pass(number, chunk, mode, self._padded(len(due)))
             self.decisions.repeat(window.row, chunk, number)
+            window.trace.recompute[window.row, number, chunk, due] = 1
             if len(rows):
                 with window.timed(number, chunk):
-                    velocity = self._velocity(number, branch, chunk, x, rows, active)
+                    velocity = self._velocity(number, branch, chunk, x, due, active)
+                velocity = velocity if len(due) == len(rows) else velocity[rows]
                 guided = guided + np.float32(weights[number]) * velocity
         return guided
 
@@ -253,6 +258,7 @@ class MagiSteps:
         if alone and (len(rows) or np.ndim(plan.accumulated)):
             view = View([chunk], self.run.texts.of(schedule.branches[1], self.run.chunks - chunk))
             window.write_pass(1, chunk, Mode.FULL, self._padded(len(tokens)))
+            window.trace.recompute[window.row, 1, chunk] = 1
             with window.timed(1, chunk):
                 copy = self._compute(1, chunk, x, tokens, active[chunk], view)
             self.waiting = window.row, np.float32(alone), copy
@@ -279,11 +285,7 @@ class MagiSteps:
         seen: Sequence[int] = [chunk]
         if not branch.alone:
             seen = self._visible(chunk, active, len(rows) < self.window.shape.tokens)
-        view = View(seen, context)
-        if not branch.alone or (number, chunk) in self.started:
-            return self._compute(number, chunk, x, rows, step, view)
-        self.started.add((number, chunk))
-        return self._compute(number, chunk, x, self._tokens, step, view)[rows]
+        return self._compute(number, chunk, x, rows, step, View(seen, context))
 
     @property
     def _tokens(self) -> NDArray[np.intp]:

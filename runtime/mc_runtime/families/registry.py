@@ -57,7 +57,6 @@ _MAGI = Family(
     encoded=tiled_vae.ENCODED,
     not_yet=(
         ENGINES,
-        "mc-calibrate",
         "mc-bench predict --device this-cpu",
         "mc-bench run --baseline diffusers",
     ),
