@@ -4,7 +4,15 @@ This is the one home of names, dtypes and symbolic shapes. The exporter writes t
 graphs it made, the bundle stores them, the runner checks inputs against them.
 """
 
-__all__ = ["PRECISIONS", "ComponentSpec", "GraphSpec", "Precision", "TensorSpec", "split_size"]
+__all__ = [
+    "ISLAND_SCOPE",
+    "PRECISIONS",
+    "ComponentSpec",
+    "GraphSpec",
+    "Precision",
+    "TensorSpec",
+    "split_size",
+]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +23,7 @@ import numpy as np
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+ISLAND_SCOPE = "island"  # metadata key of the nodes whose arithmetic stays float32
 
 
 def split_size(size: str) -> tuple[int, str]:

@@ -4,7 +4,7 @@ Neighbours: the adapters make `ComponentSource`s, the passes derive the other pr
 `export_component` returns, `compare_outputs` proves them.
 """
 
-__all__ = ["ISLAND_SCOPE", "export_component"]
+__all__ = ["export_component"]
 
 import contextlib
 import io
@@ -18,12 +18,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from mc_engines.specs import ISLAND_SCOPE
 from mc_export.component import ComponentSource
 from mc_export.islands import Island
 
 OPSET = 20  # the newest that TensorRT 10.x parses
 CONVOLUTION_OPSET = 22  # the first with bfloat16 convolutions
-ISLAND_SCOPE = "island"  # metadata key of the nodes whose arithmetic stays float32
 IR_VERSION = 10  # the newest that every supported ONNX Runtime reads
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"

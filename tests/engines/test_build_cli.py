@@ -585,6 +585,72 @@ def test_what_the_parser_would_drop_is_refused(library, tmp_path: Path) -> None:
     )
 
 
+def test_an_attribute_that_the_parser_would_drop_is_named(tmp_path: Path) -> None:
+    half = onnx.TensorProto.FLOAT16
+    tensors = [value(name, half, 1, 2, 8, 16) for name in "qkvy"]
+    for mode, faults in (
+        (3, ["Attention with qk_matmul_output_mode, which is dropped"]),
+        (None, []),
+    ):
+        given = {} if mode is None else {"qk_matmul_output_mode": mode}
+        node = make.make_node("Attention", ["q", "k", "v"], ["y"], **given)
+        path = save_graph(tmp_path / "a.onnx", [node], tensors[:3], tensors[3:])
+        assert find_silent_drops(path) == faults
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"inputs": ("z", "bfloat16", (1, "L", 64))}, "expected the inputs 'z' bfloat16"),
+        ({"inputs": ("patches", "bfloat16", (1, "Q", 64))}, "expected the inputs 'patches' bfloat"),
+        ({"inputs": ("patches", "bfloat16", (1, "L", 32))}, "(1, L, 32), got 'patches' bfloat16"),
+        ({"outputs": ("x", "float32", (1, "L", 64))}, "expected the outputs 'x' float32"),
+        ({"outputs": ("z", "bfloat16", (1, "L", 64))}, "expected the outputs 'z' bfloat16"),
+    ],
+)
+def test_a_graph_of_other_tensors_is_refused(library, tiny_bundle: Path, changes, said) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    sides = {side: (TensorSpec(*spec),) for side, spec in changes.items()}
+    graph = replace(bundle.graph("embed", "bf16"), **sides)
+    with pytest.raises(EngineError) as error:
+        parse_graph(library, make_log(library), graph, bundle.graph_path("embed", "bf16"))
+    assert said in str(error.value) and str(error.value).endswith("Export the bundle again.")
+
+
+@pytest.mark.parametrize(
+    ("island", "kind"), [(False, "bfloat16"), (False, "float16"), (True, "bfloat16")]
+)
+def test_a_product_between_casts_is_not_of_16_bits(library, tmp_path: Path, island, kind) -> None:
+    """Inputs and outputs have the type that was asked for; what is between them has not."""
+    to = {"bfloat16": onnx.TensorProto.BFLOAT16, "float16": onnx.TensorProto.FLOAT16}[kind]
+    nodes = [
+        *(make.make_node("Cast", [name], [f"{name}1"], to=onnx.TensorProto.FLOAT) for name in "xw"),
+        make.make_node("MatMul", ["x1", "w1"], ["y1"], name="wide"),
+        make.make_node("Cast", ["y1"], ["y"], to=to),
+    ]
+    if island:
+        nodes[2].metadata_props.add(key="island", value="component")
+    tensors = [value(name, to, 16, 16) for name in "xwy"]
+    path = save_graph(tmp_path / "m.onnx", nodes, tensors[:2], tensors[2:])
+    x, w, y = (TensorSpec(name, kind, (16, 16)) for name in "xwy")
+    spec = GraphSpec("m.onnx", (x, w), (y,))
+    if island:
+        parse_graph(library, make_log(library), spec, path)
+        return
+    with pytest.raises(EngineError) as error:
+        parse_graph(library, make_log(library), spec, path)
+    assert str(error.value) == (
+        "m.onnx: expected at most 0 products of float32 in a graph of 16 bits, got 1: wide. "
+        "Export the bundle again."
+    )
+
+
+def test_kernels_that_are_not_seen_are_unknown(bundle: Path, monkeypatch) -> None:
+    monkeypatch.setattr(engines, "count_attention_kernels", lambda plan: None)
+    shown = run(bundle, "--component", "block", "--sm", "86").stdout
+    assert "attention is one kernel; kernels seen: unknown\n" in shown
+
+
 def test_an_operator_that_needs_a_plugin_is_named(tmp_path: Path) -> None:
     node = make.make_node("NonZero", ["x"], ["y"])
     x, y = value("x", onnx.TensorProto.FLOAT, 4), value("y", onnx.TensorProto.INT64, 1, "n")

@@ -158,6 +158,11 @@ class Network:
     def __init__(self):
         self._inputs, self._outputs = [], []
 
+    num_layers = 1
+
+    def get_layer(self, place):
+        return self._library.ILayer()
+
     num_inputs = property(lambda self: len(self._inputs))
     num_outputs = property(lambda self: len(self._outputs))
 
@@ -182,6 +187,26 @@ class Network:
         self._outputs.append(tensor)
 
 
+class Layer:
+    """A product of 16 bits."""
+
+    name = "a product"
+    type = property(lambda self: self._library.LayerType.MATRIX_MULTIPLY)
+
+    def get_input(self, place):
+        tensor = self._library.ITensor()
+        tensor.dtype = self._library.DataType.HALF
+        return tensor
+
+
+class ParserError:
+    def node_operator(self):
+        return "NoSuchThing"
+
+    def desc(self):
+        return "no importer registered"
+
+
 class Attention:
     decomposable = mask = None
 
@@ -193,11 +218,13 @@ BUILDING = {
     "Builder": Builder,
     "IAttention": Attention,
     "IBuilderConfig": BuilderConfig,
+    "ILayer": Layer,
     "INetworkDefinition": Network,
     "IOptimizationProfile": OptimizationProfile,
     "ITensor": Tensor,
     "ITimingCache": TimingCache,
     "OnnxParser": OnnxParser,
+    "ParserError": ParserError,
 }
 
 
@@ -345,6 +372,31 @@ def test_a_library_that_fails_without_a_word_has_no_reason(bundle, owner, name, 
     with pytest.raises(BuildError) as error:
         build_plan(Library("tensorrt", module), graph, path, Request((GPU,), [symbols]))
     assert str(error.value).endswith(f", got: no reason. {said}")
+
+
+@pytest.mark.parametrize("version", BY_VERSION)
+def test_every_version_says_what_it_cannot_parse(version, bundle) -> None:
+    class Failing(OnnxParser):
+        num_errors = 2
+
+        def parse_from_file(self, path):
+            return False
+
+        def get_error(self, place):
+            assert place in (0, 1)
+            return self._library.ParserError()
+
+    surface = BY_VERSION[version]
+    behaviour = type("OnnxParser", (), {**vars(OnnxParser), **vars(Failing)})
+    module = make_library(surface, {**BUILDING, "OnnxParser": behaviour}).module
+    opened = Bundle.open(bundle)
+    symbols = bound_symbols(opened.manifest.config, VideoLimits(64, 64, 97, 5))
+    graph, path = opened.graph("embed", "bf16"), opened.graph_path("embed", "bf16")
+    library = Library("tensorrt", module)
+    with pytest.raises(BuildError) as error:
+        build_plan(library, graph, path, Request((GPU,), [symbols]))
+    reason = "NoSuchThing: no importer registered"
+    assert f"can parse, got: {reason}; {reason}. Use another version" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"other GPU"])

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mc_engines.specs import ISLAND_SCOPE
 from mc_export.component import ComponentSource
 from mc_export.islands import Island
-from mc_export.onnx_export import ISLAND_SCOPE, export_component
+from mc_export.onnx_export import export_component
 from mc_export.passes.round_bf16 import round_bf16
 from mc_export.passes.set_precision import set_precision
 

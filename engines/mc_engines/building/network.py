@@ -12,7 +12,7 @@ from typing import Any
 
 from mc_engines.building.library import Library
 from mc_engines.errors import BuildError, EngineError, require
-from mc_engines.specs import GraphSpec, TensorSpec
+from mc_engines.specs import ISLAND_SCOPE, GraphSpec, TensorSpec
 
 # Operators whose inputs or attributes the parser takes and forgets, without an error: found by
 # building them with TensorRT-RTX 1.7.1 and looking for a layer that has them. By operator: places
@@ -22,6 +22,9 @@ _DROPPED: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 }
 # Operators that need a plugin which the packages do not carry, although the parser knows them.
 _NEED_A_PLUGIN = ("NonZero", "Compress", "Unique", "GroupQueryAttention")
+# What takes the time: products of matrices, and convolutions, by operator and by layer.
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum")
+_PRODUCT_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def parse_graph(library: Library, log: Any, graph: GraphSpec, path: Path) -> Par
             f"got: {join_reasons(reasons)}. Use another version, or run it with ONNX Runtime."
         )
     _check_tensors(library, path, network, graph)
+    _check_products(library, path, network, graph)
     return Parsed(network, builder, parser, log)
 
 
@@ -156,6 +160,35 @@ def _check_tensors(library: Library, path: Path, network: Any, graph: GraphSpec)
             raise EngineError(
                 f"{path.name}: expected the {side} {expected}, got {got}. Export the bundle again."
             )
+
+
+def _check_products(library: Library, path: Path, network: Any, graph: GraphSpec) -> None:
+    """Hold the products of a 16-bit graph to 16 bits, but for those that it says stay float32.
+
+    Raises:
+        EngineError: There are more in float32.
+    """
+    specs = (*graph.inputs, *graph.weights, *graph.outputs)
+    if not any(spec.dtype in ("float16", "bfloat16") for spec in specs):
+        return
+    kinds, single = library.module.LayerType, library.module.DataType.FLOAT
+    wanted = [getattr(kinds, name) for name in _PRODUCT_LAYERS]
+    layers = map(network.get_layer, range(network.num_layers))
+    wide = [
+        layer.name
+        for layer in layers
+        if layer.type in wanted and layer.get_input(0).dtype == single
+    ]
+    nodes = _walk(require("onnx", "rtx").load(path, load_external_data=False))
+    allowed = sum(
+        node.op_type in _PRODUCTS and any(each.key == ISLAND_SCOPE for each in node.metadata_props)
+        for node in nodes
+    )
+    if len(wide) > allowed:
+        raise EngineError(
+            f"{path.name}: expected at most {allowed} products of float32 in a graph of 16 bits, "
+            f"got {len(wide)}: {', '.join(wide)}. Export the bundle again."
+        )
 
 
 def _describe(library: Library, tensor: Any) -> TensorSpec:

@@ -20,8 +20,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from mc_engines.specs import Precision
-from mc_export.onnx_export import ISLAND_SCOPE
+from mc_engines.specs import ISLAND_SCOPE, Precision
 
 DATA_TYPES: dict[Precision, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
