@@ -36,7 +36,6 @@ from mc_engines.parity_report import allowed_error
 from mc_engines.runner import Arrays, Runner
 from mc_engines.specs import GraphSpec
 from mc_runtime.doctor import examine
-from mc_runtime.flags import limit_video
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.transformer import Transformer
@@ -305,10 +304,11 @@ def main() -> None:
 def _run(flags: argparse.Namespace) -> dict[str, Any]:
     """Build, check and measure; raises McError where there is nothing to check."""
     bundle, capability = Bundle.open(flags.bundle), open_gpu().capability
-    options = replace(VideoPipeline(bundle).default_options, num_inference_steps=flags.steps)
+    pipeline = VideoPipeline(bundle)
+    options = replace(pipeline.default_options, num_inference_steps=flags.steps)
     device_options = DeviceOptions(
         flags.backend or choose_backend(capability),
-        limit_video(options),
+        pipeline.limit_video(options),
         flags.dtype or usual_form(capability),
         flags.engines,
     )

@@ -39,6 +39,7 @@ from mc_engines.specs import PRECISIONS, Precision
 _HOST = ("timestep",)  # runs once per run, in ONNX Runtime on every target
 _DEFAULT_TARGETS = (80, 86, 89, 120)  # Ampere (A100, RTX 30), Ada (RTX 40), Blackwell (RTX 50)
 _HEIGHT, _WIDTH = 544, 960  # of a bundle that does not say what it was trained for
+_MAX_FRAMES, _CHUNK_FRAMES = 97, 5  # the same of a window, and of a chunk in latent frames
 _MEGABYTE = 10**6
 
 
@@ -69,10 +70,14 @@ _MEGABYTE = 10**6
     "--width", type=int, help=f"Pixels of the largest video; default: the model's, else {_WIDTH}."
 )
 @click.option(
-    "--max-frames", type=int, default=97, show_default=True, help="Frames of the largest window."
+    "--max-frames",
+    type=int,
+    help=f"Frames whose keys are kept at once; default: the model's video, else {_MAX_FRAMES}.",
 )
 @click.option(
-    "--causal-block-size", type=int, default=5, show_default=True, help="Latent frames of a chunk."
+    "--causal-block-size",
+    type=int,
+    help=f"Latent frames of a chunk; default: the model's, else {_CHUNK_FRAMES}.",
 )
 @click.option(
     "--buckets",
@@ -177,18 +182,19 @@ def _choose_profiles(
     library: Library,
     height: int | None,
     width: int | None,
-    max_frames: int,
-    causal_block_size: int,
+    max_frames: int | None,
+    causal_block_size: int | None,
     buckets: str | None,
 ) -> list[Any]:
     """One wide profile; for TensorRT, one per bucket."""
     config = bundle.manifest.config
     video = config.get("video", {})
+    chunk = config.get("schedule", {}).get("chunk_frames", _CHUNK_FRAMES)
     limits = VideoLimits(
         video.get("height", _HEIGHT) if height is None else height,
         video.get("width", _WIDTH) if width is None else width,
-        max_frames,
-        causal_block_size,
+        video.get("num_frames", _MAX_FRAMES) if max_frames is None else max_frames,
+        chunk if causal_block_size is None else causal_block_size,
     )
     symbols = bound_symbols(config, limits)
     if library.targets:

@@ -9,7 +9,7 @@ Axes: L tokens of a chunk, K recomputed tokens (padded up to a bucket), S cache 
 slots, T text tokens, C channels, H heads, D head size.
 """
 
-__all__ = ["ON_DEVICE", "OPTIONAL_PARTS", "DeviceBranch", "DevicePasses", "open_device_passes"]
+__all__ = ["ON_DEVICE", "DevicePasses", "list_required", "open_device_passes"]
 
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -23,14 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.building.bounds import Bounds
+from mc_engines.bundle import Bundle
 from mc_engines.device.arrays import DeviceArray, allocate_array
-from mc_engines.device.cuda import Graph
 from mc_engines.device.device import Device
 from mc_engines.device.runner import DeviceRunner
 from mc_engines.device.weights import LayerWeights
-from mc_engines.run_sizes import WindowShape, plan_run_sizes
+from mc_engines.run_sizes import Kept, WindowShape, plan_run_sizes
 from mc_engines.runner import Array, Runner
 from mc_engines.timed_runner import Clock
+from mc_runtime.device_branch import Contexts, DeviceBranch, PassKind
 from mc_runtime.device_room import MEMORY_REMEDY, Room, open_room
 from mc_runtime.passes import WINDOW, Reading, View
 from mc_runtime.rope import Tables
@@ -44,36 +45,7 @@ from mc_runtime.transformer import (
 )
 
 ON_DEVICE = "text_projection", "context", "embed", "block", "combine", "head", "motion"
-OPTIONAL_PARTS = (  # run in ONNX Runtime where there is no engine
-    *("text_layer", "text_norm", "vae_encoder_first", "vae_encoder_next"),
-    *("vae_decoder_first", "vae_decoder_next"),
-)
-_BRANCHES = 2  # cond and uncond, for which room is kept
 _PADDING = -1  # slot of a copy that is not to be kept
-Contexts = Sequence[Mapping[str, DeviceArray]]
-
-
-@dataclass(eq=False)
-class DeviceBranch:
-    """What a branch remembers, on the GPU.
-
-    Attributes:
-        context: Keys and values of the prompt by layer.
-        angles: cos and sin by chunk.
-        keys: By layer, shape (1, H, S, D).
-        values: By layer, shape (1, H, S, D).
-        residuals: By chunk, shape (1, L, C).
-        kv_maps: By chunk, room for the map of its visible slots, shape (M,).
-        graphs: Recorded passes by chunk and K; None for what was met once.
-    """
-
-    context: Contexts
-    angles: list[tuple[DeviceArray, DeviceArray]]
-    keys: list[DeviceArray]
-    values: list[DeviceArray]
-    residuals: dict[int, DeviceArray] = field(default_factory=dict)
-    kv_maps: dict[int, DeviceArray] = field(default_factory=dict)
-    graphs: dict[tuple[int, int], Graph | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,10 +108,11 @@ class DevicePasses:
     def open_branch(
         self, context: Contexts, angles: Sequence[Tables], capacity: int | None = None
     ) -> DeviceBranch:
-        """Open a branch; see `Passes.open_branch`. It has room for all chunks."""
+        """Open a branch; see `Passes.open_branch`."""
         with self._use():
             self.device.unbind()
-            slots = sum(len(cos) for cos, _ in angles)
+            room = len(angles) if capacity is None else capacity
+            slots = room * len(angles[0][0])
             shape = 1, self.config.key_heads, slots, self.config.head_dim
             used = {branch.keys[0].shape for branch in self.branches} | {shape}
             self.device.close_contexts("block", lambda shapes: shapes.get("k_cache") not in used)
@@ -151,7 +124,7 @@ class DevicePasses:
             for array in (*keys, *values):
                 self.device.stream.fill_zero(array.address, array.nbytes)
             placed = [(self._place(cos), self._place(sin)) for cos, sin in angles]
-            branch = DeviceBranch(context, placed, keys, values)
+            branch = DeviceBranch(context, placed, keys, values, room)
             self.branches.add(branch)
             return branch
 
@@ -177,7 +150,7 @@ class DevicePasses:
             row_map = np.arange(tokens, dtype=np.int32)
             row_map[rows] = tokens + np.arange(len(rows), dtype=np.int32)
             if len(rows):
-                y = self._recompute(branch, chunk, x, rows, modulation)
+                y = self._recompute(branch, chunk, x, rows, modulation, WINDOW)
             else:  # the graph wants as many rows as the smallest bucket has, and uses them nowhere
                 size = self.bucket(1, tokens)
                 y = room["y0"].reshape(1, size, self.config.dim)
@@ -207,25 +180,25 @@ class DevicePasses:
         modulation: Array,
         view: View = WINDOW,
     ) -> DeviceArray:
-        """Run the blocks for some tokens; see `Passes.recompute`. A view of less is not there yet.
+        """Run the blocks for some tokens; see `Passes.recompute`.
 
         Returns:
             Block output, with copies of the last row up to the bucket.
         """
-        assert view is WINDOW, "families with other views are refused before anything is computed"
         with self._use():
-            return self._recompute(branch, chunk, x, rows, modulation)
+            return self._recompute(branch, chunk, x, rows, modulation, view)
 
     def copy_keys(self, source: DeviceBranch, target: DeviceBranch, chunk: int) -> None:
         """Give a branch the keys that another one has; see `Passes.copy_keys`."""
         with self._use():
-            tokens = source.angles[chunk][0].shape[0]
-            numbers = np.arange(chunk * tokens, (chunk + 1) * tokens, dtype=np.int32)
-            slots = self.device.transfers.upload(numbers, self._room(tokens)["slots"])
+            tokens, upload = source.angles[chunk][0].shape[0], self.device.transfers.upload
+            room = self._room(tokens)
+            taken = upload(source.slots(chunk).astype(np.int32), room["rows"])
+            given = upload(target.slots(chunk).astype(np.int32), room["slots"])
             theirs, ours = (*source.keys, *source.values), (*target.keys, *target.values)
             move = partial(self.device.mover.move, self.device.stream, count=tokens)
             for array, place in zip(theirs, ours, strict=True):
-                move(array, place, sources=slots, targets=slots)
+                move(array, place, sources=taken, targets=given)
 
     def _recompute(
         self,
@@ -234,6 +207,7 @@ class DevicePasses:
         x: DeviceArray,
         rows: NDArray[np.intp],
         modulation: Array,
+        view: View,
     ) -> DeviceArray:
         """Run all blocks for some tokens; a pass that was met before is replayed.
 
@@ -243,38 +217,42 @@ class DevicePasses:
         room, tokens, count = self._room(x.shape[1]), x.shape[1], len(rows)
         padded = pad_rows(rows, self.bucket(count, tokens))
         slots = np.full(len(padded), _PADDING, np.int32)
-        slots[:count] = chunk * tokens + rows
-        seen, renewed = np.arange((chunk + 1) * tokens), chunk * tokens + rows
+        slots[:count] = renewed = branch.slots(chunk)[rows]
+        seen = branch.slots(*(range(chunk + 1) if view.chunks is None else view.chunks))
         visible = map_visible(branch.keys[0].shape[2], renewed, seen)
+        context = branch.context if view.context is None else view.context
+        kind = branch.kind_of(chunk, len(padded), len(visible), context)
         upload = self.device.transfers.upload
         upload(padded.astype(np.int32), room["rows"])
         upload(slots, room["slots"])
         upload(modulation, room["modulation"])
-        if chunk not in branch.kv_maps:
-            branch.kv_maps[chunk] = self._allocate(visible.shape, visible.dtype, "a key map")
-        upload(visible, branch.kv_maps[chunk])
-        self._run_blocks(branch, chunk, x, len(padded))
+        place = kind.chunk, kind.visible
+        if place not in branch.kv_maps:
+            branch.kv_maps[place] = self._allocate(visible.shape, visible.dtype, "a key map")
+        upload(visible, branch.kv_maps[place])
+        self._run_blocks(branch, kind, x)
         return room[f"y{self.config.layers % 2}"].reshape(1, len(padded), self.config.dim)
 
-    def _run_blocks(self, branch: DeviceBranch, chunk: int, x: DeviceArray, size: int) -> None:
+    def _run_blocks(self, branch: DeviceBranch, kind: PassKind, x: DeviceArray) -> None:
         """Enqueue the blocks; record them the second time, replay them from then on."""
-        stream, key = self.device.stream, (chunk, size)
-        graph = branch.graphs.get(key)
-        if graph is None and key in branch.graphs:
-            work = partial(self._enqueue_blocks, branch, chunk, x, size)
+        stream = self.device.stream
+        graph = branch.graphs.get(kind)
+        if graph is None and kind in branch.graphs:
+            work = partial(self._enqueue_blocks, branch, kind, x)
             graph = stream.capture(work)
-            branch.graphs[key] = graph
+            branch.graphs[kind] = graph
         if graph is not None:
             stream.replay(graph)
-        elif self._enqueue_blocks(branch, chunk, x, size):
-            branch.graphs[key] = None
+        elif self._enqueue_blocks(branch, kind, x):
+            branch.graphs[kind] = None
 
-    def _enqueue_blocks(self, branch: DeviceBranch, chunk: int, x: DeviceArray, size: int) -> bool:
+    def _enqueue_blocks(self, branch: DeviceBranch, kind: PassKind, x: DeviceArray) -> bool:
         """Put the blocks on the stream; return whether that can be recorded."""
         device, room, config = self.device, self._room(x.shape[1]), self.config
+        size = kind.size
         rows, slots = room["rows"].reshape(size), room["slots"].reshape(size)
         move = partial(device.mover.move, device.stream, count=size)
-        sides = {"cos": branch.angles[chunk][0], "sin": branch.angles[chunk][1]}
+        sides = dict(zip(("cos", "sin"), branch.angles[kind.chunk], strict=True))
         tables = {name: room[name].reshape(size, room[name].shape[1]) for name in sides}
         for name, table in sides.items():
             move(table, tables[name], sources=rows)
@@ -286,14 +264,16 @@ class DevicePasses:
             **tables,
             "frame_ids": room["zeros"].reshape(size),
             "modulation": room["modulation"],
-            "kv_map": branch.kv_maps[chunk],
+            "kv_map": branch.kv_maps[kind.chunk, kind.visible],
         }
+        fixed = {name: array for name, array in fixed.items() if device.takes("block", name)}
+        text = branch.contexts[kind.context]
         for layer in range(config.layers):
             keys, values = branch.keys[layer], branch.values[layer]
             inputs = {
                 "x": ys[layer % 2],
                 **fixed,
-                **branch.context[layer],
+                **text[layer],
                 "k_cache": keys,
                 "v_cache": values,
             }
@@ -317,20 +297,19 @@ class DevicePasses:
         """Compute what the host wants of a pass, and wait for it; see `Passes.read`."""
         with self._use():
             device, tokens = self.device, out.shape[1]
-            room = self._room(tokens)
-            inputs = {
-                "out": out,
-                "frame_ids": room["zeros"].reshape(tokens),
-                "head_modulation": device.transfers.upload(
-                    head_modulation, room["head_modulation"]
-                ),
-            }
-            device.enqueue("head", inputs, {"patches": room["velocity"]})
+            room = self._room_for(tokens)
+            inputs = {"out": out, "frame_ids": room["zeros"].reshape(tokens)}
+            if device.takes("head", "head_modulation"):
+                place = room["head_modulation"]
+                inputs["head_modulation"] = device.transfers.upload(head_modulation, place)
+            inputs = {name: array for name, array in inputs.items() if device.takes("head", name)}
+            velocity = room["velocity"].reshape(1, tokens, room["velocity"].shape[2])
+            device.enqueue("head", inputs, {"patches": velocity})
             if not motion_frames:
-                (patches,) = device.transfers.fetch(room["velocity"])
+                (patches,) = device.transfers.fetch(velocity)
                 return Reading(patches.astype(np.float32))
             change, last_frame = self._measure_motion(out, motion_frames, previous)
-            patches, motion = device.transfers.fetch(room["velocity"], change)
+            patches, motion = device.transfers.fetch(velocity, change)
             if previous is None:
                 motion[0] = motion[min(1, motion_frames - 1)]
             return Reading(patches.astype(np.float32), motion, last_frame)
@@ -358,6 +337,10 @@ class DevicePasses:
             self.rooms[tokens] = open_room(self.device, tokens)
         return self.rooms[tokens]
 
+    def _room_for(self, tokens: int) -> Room:
+        """Return the arrays for as many tokens as a pass computed: those of the whole chunk."""
+        return self._room(min(size for size in self.rooms if size >= tokens))
+
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> DeviceArray:
         return allocate_array(self.device.gpu, shape, dtype, f"{what} {shape}", MEMORY_REMEDY)
 
@@ -366,17 +349,27 @@ class DevicePasses:
         return self.device.transfers.upload(array, room)
 
 
+def list_required(bundle: Bundle) -> list[str]:
+    """Name the components of a bundle without whose engines no GPU runs it."""
+    return [name for name in ON_DEVICE if name in bundle.manifest.components]
+
+
 def open_device_passes(
-    device: Device, config: TransformerConfig, timestep: Runner, symbols: Mapping[str, Bounds]
+    device: Device,
+    config: TransformerConfig,
+    timestep: Runner,
+    symbols: Mapping[str, Bounds],
+    kept: Kept | None = None,
 ) -> DevicePasses:
     """Bring the blocks' weights to a GPU, beside what a run keeps in it.
 
     Args:
-        device: With the engines of `ON_DEVICE`.
+        device: With the engines of `list_required`.
         config: Sizes.
         timestep: Runs the component of that name, on the host.
         symbols: Of `bound_symbols` for the largest window of the run, which may be smaller than the
             one that the engines are built for.
+        kept: See `Family.kept`.
 
     Returns:
         The passes.
@@ -391,10 +384,11 @@ def open_device_passes(
         ffn_dim=0,  # of a pass, whose memory the engines have already
         chunk_tokens=symbols["L"].most,
         window_tokens=symbols["S"].most,
-        branches=_BRANCHES,
         text_tokens=symbols["T"].most,
+        key_dim=config.key_heads * config.head_dim,
+        kept=kept,
     )
     itemsize = device.engines["block"].spec("k_cache").numpy_dtype.itemsize
     sizes = plan_run_sizes(shape, value_bytes=itemsize, weights=0, decode=0, fused=True)
-    kept = sizes.kv + sizes.context + sizes.residual
-    return DevicePasses(config, device, timestep, device.open_weights("block", kept))
+    size = sizes.kv + sizes.context + sizes.residual
+    return DevicePasses(config, device, timestep, device.open_weights("block", size))

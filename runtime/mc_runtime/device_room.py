@@ -89,7 +89,11 @@ def open_room(device: Device, tokens: int) -> Room:
     Raises:
         EngineError: There is not enough memory.
     """
-    specs = [_fix(device, name, *source, tokens) for name, source in _ROOM.items()]
+    specs = [
+        _fix(device, name, *source, tokens)
+        for name, source in _ROOM.items()
+        if device.takes(*source)
+    ]
     numbers = ("rows", "slots", "row_map", "zeros")
     specs += [TensorSpec(name, "int32", (tokens,)) for name in numbers]
     specs.append(TensorSpec("motion", "float32", (tokens,)))

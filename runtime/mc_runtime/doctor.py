@@ -30,9 +30,8 @@ from mc_engines.engine_choice import (
 from mc_engines.errors import BundleError, EngineError, MissingExtraError
 from mc_engines.onnxruntime_providers import Provider, try_provider
 from mc_engines.specs import PRECISIONS
-from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
-from mc_runtime.families.family import ENGINES
-from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_options, limit_video
+from mc_runtime.device_passes import list_required
+from mc_runtime.flags import ONNXRUNTIME_BACKENDS, choose_options
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.versions import find_version
 
@@ -132,11 +131,7 @@ def examine(
     if pipeline is not None:
         options = choose_options(pipeline.default_options, sizes)
         pipeline.plan(options)  # refuses sizes that no backend can generate
-    if pipeline is not None and ENGINES in pipeline.family.not_yet:
-        can |= dict.fromkeys(BACKENDS, False)
-    elif pipeline is not None:
-        store = EngineStore(pipeline.bundle, engines)
-        limits = limit_video(options)
+        store, limits = EngineStore(pipeline.bundle, engines), pipeline.limit_video(options)
         findings += _examine_engines(store, limits, gpu, versions)
         if gpu is not None:
             for backend, version in versions.items():
@@ -299,8 +294,10 @@ def _examine_set(store: EngineStore, place: Place) -> Finding:
 
 def _list_missing(store: EngineStore, place: Place) -> list[str]:
     """The parts that have to run there and cannot, and those that are built, but not for this."""
-    missing, built = [], list_built(store, place)
-    for name in (*ON_DEVICE, *(part for part in OPTIONAL_PARTS if part in built)):
+    missing, required = [], list_required(store.bundle)
+    built = list_built(store, place)
+    others = [name for name in store.bundle.manifest.components if name in built - {*required}]
+    for name in (*required, *others):
         try:
             choose_engine(store, Part(name), place)
         except (BundleError, EngineError):

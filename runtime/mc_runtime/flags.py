@@ -13,7 +13,6 @@ __all__ = [
     "choose_options",
     "choose_provider",
     "device_flags",
-    "limit_video",
     "make_say",
     "setting_options",
 ]
@@ -31,7 +30,6 @@ from mc_engines.building.library import BACKENDS
 from mc_engines.device.opening import DeviceOptions
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.specs import PRECISIONS
-from mc_runtime.families.family import ENGINES, Family
 from mc_runtime.families.magi_schedule import MagiOptions
 from mc_runtime.options import GenerationOptions
 
@@ -170,20 +168,18 @@ _DEVICE_FLAGS = (
 )
 
 
-def choose_device(values: Mapping[str, Any], family: Family, options: Any) -> DeviceOptions | None:
+def choose_device(values: Mapping[str, Any], limits: VideoLimits) -> DeviceOptions | None:
     """Read the flags of `device_flags`.
 
     Args:
         values: Of the flags.
-        family: Of the model.
-        options: Of the run, whose sizes the engines have to take.
+        limits: The largest video of the run, whose sizes the engines have to take.
 
     Returns:
         Where engines run; None where ONNX Runtime runs the graphs, see `choose_provider`.
 
     Raises:
         UsageError: A flag for engines without a backend that has any.
-        ValueError: The family is not driven on a GPU yet.
     """
     names = "dtype", "engines", "max_vram", "device"
     given = [name for name in names if values[name] is not None]
@@ -192,22 +188,15 @@ def choose_device(values: Mapping[str, Any], family: Family, options: Any) -> De
             flag = given[0].replace("_", "-")
             raise click.UsageError(f"--{flag} is for engines. Add --backend {BACKENDS[0]}.")
         return None
-    family.require(ENGINES)
     most = None if values["max_vram"] is None else values["max_vram"] * _MEGABYTE
     return DeviceOptions(
         values["backend"],
-        limit_video(options),
+        limits,
         values["dtype"] or "bf16",
         values["engines"],
         most,
         values["device"] or 0,
     )
-
-
-def limit_video(options: GenerationOptions) -> VideoLimits:
-    """Return the largest video that engines of a run have to take."""
-    frames = min(options.num_frames, options.base_num_frames)
-    return VideoLimits(options.height, options.width, frames, options.causal_block_size)
 
 
 def choose_provider(values: Mapping[str, Any]) -> Provider:

@@ -134,7 +134,7 @@ def main(
     run = _prepare(pipeline, values, given, output, save_latents, trace)
     check_distinct([*outputs, record], [Path(file["path"]) for file in run.files.values()])
     pipeline.provider = choose_provider(values)
-    device = choose_device(values, pipeline.family, run.options)
+    device = choose_device(values, pipeline.limit_video(run.options))
     if device is not None:
         pipeline.use_device(device)
     run.ran_on = _open_backend(pipeline, device, values["backend"], make_say(quiet))

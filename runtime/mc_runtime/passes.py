@@ -7,7 +7,7 @@ residuals) belongs to a branch, which lives where the engines run; the loop only
 Axes: L tokens of a chunk, K recomputed tokens, P tokens of a frame, C channels, D head size.
 """
 
-__all__ = ["WINDOW", "HostBranch", "HostPasses", "Passes", "Reading", "View"]
+__all__ = ["WINDOW", "HostBranch", "HostPasses", "Passes", "Reading", "View", "list_slots"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -180,6 +180,25 @@ class Passes(Protocol):
         ...
 
 
+def list_slots(chunks: Sequence[int], capacity: int, tokens: int) -> NDArray[np.intp]:
+    """List the slots of the tokens of some chunks, one chunk after the other.
+
+    Args:
+        chunks: Positions in the window.
+        capacity: Chunks that there are slots for; they are taken in turn.
+        tokens: L.
+
+    Returns:
+        shape (len(chunks) * L,).
+
+    Example:
+        >>> list_slots([1, 2], capacity=2, tokens=3).tolist()
+        [3, 4, 5, 0, 1, 2]
+    """
+    firsts = np.array([chunk % capacity * tokens for chunk in chunks])
+    return (firsts[:, None] + np.arange(tokens)).reshape(-1)
+
+
 @dataclass
 class HostBranch:
     """What a branch remembers, in memory of the host.
@@ -200,9 +219,7 @@ class HostBranch:
 
     def slots(self, *chunks: int) -> NDArray[np.intp]:
         """Slots of the tokens of some chunks, one chunk after the other."""
-        tokens = self.cache.slots // self.capacity
-        firsts = np.array([chunk % self.capacity * tokens for chunk in chunks])
-        return (firsts[:, None] + np.arange(tokens)).reshape(-1)
+        return list_slots(chunks, self.capacity, self.cache.slots // self.capacity)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_engines.building.bounds import bound_symbols
+from mc_engines.building.bounds import VideoLimits, bound_symbols
 from mc_engines.bundle import Bundle
 from mc_engines.device.device import Device
 from mc_engines.device.opening import DeviceOptions, list_components, open_device
@@ -25,8 +25,7 @@ from mc_engines.device.runner import DeviceRunner
 from mc_engines.onnxruntime_providers import Provider
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.runner import Arrays, Runner
-from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses, open_device_passes
-from mc_runtime.families.family import ENGINES
+from mc_runtime.device_passes import DevicePasses, list_required, open_device_passes
 from mc_runtime.families.registry import FAMILIES
 from mc_runtime.generation import Generation, Progress, generate_chunks
 from mc_runtime.inputs import Inputs, check_array, check_policy
@@ -75,11 +74,7 @@ class VideoPipeline:
 
         Args:
             options: Which engines, and for which sizes.
-
-        Raises:
-            ValueError: The family is not driven on a GPU yet.
         """
-        self.family.require(ENGINES)
         self._device_options = options
 
     @opened_once
@@ -94,9 +89,9 @@ class VideoPipeline:
         """
         if (options := self._device_options) is None:
             return None
-        built = list_components(self.bundle, options)
-        others = [name for name in OPTIONAL_PARTS if name in built]
-        return open_device(self.bundle, options, [*ON_DEVICE, *others])
+        wanted = {*list_required(self.bundle), *list_components(self.bundle, options)}
+        components = [name for name in self.bundle.manifest.components if name in wanted]
+        return open_device(self.bundle, options, components)
 
     @classmethod
     def from_bundle(cls, path: str | Path, threads: int | None = None) -> "VideoPipeline":
@@ -132,8 +127,10 @@ class VideoPipeline:
         timestep = open_runner(self.bundle, "timestep", "fp32", self.threads)
         manifest = self.bundle.manifest.config
         config = TransformerConfig.from_manifest(manifest["transformer"])
-        symbols = bound_symbols(manifest, options.limits)
-        return open_device_passes(device, config, timestep, symbols)
+        symbols, kept = bound_symbols(manifest, options.limits), None
+        if self.family.kept is not None:
+            kept = self.family.kept(manifest, symbols)
+        return open_device_passes(device, config, timestep, symbols, kept)
 
     @opened_once
     def text_encoder(self) -> TextEncoder:
@@ -192,6 +189,10 @@ class VideoPipeline:
     def default_options(self) -> Any:
         """The defaults, at the size of video that the model was trained for where that is known."""
         return self.family.defaults(self.bundle.manifest.config)
+
+    def limit_video(self, options: Any) -> VideoLimits:
+        """Return the largest video that engines of a run have to take."""
+        return self.family.limits(options, self.bundle.manifest.config)
 
     def plan(self, options: Any, prefix_latent_frames: int = 0) -> RunPlan:
         """Lay out a run on this model.

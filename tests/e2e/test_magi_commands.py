@@ -95,7 +95,6 @@ def test_without_special_tokens_a_run_says_so(bundle, embeds, tmp_path):
         (["--guidance-scale", 3], "guidance_scale: expected a setting of this model (num_frames,"),
         (["--negative-prompt", "x"], "negative_prompt: expected none, as MAGI-1 is guided away"),
         (["--policy", "teacache"], "policy: expected one of none, flowcache, motioncache, got"),
-        (["--backend", "tensorrt-rtx"], "engines on a GPU: expected a bundle of another family"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(bundle, embeds, tmp_path, arguments, problem):

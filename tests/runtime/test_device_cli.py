@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from stand_in_driver import StandInDriver
-from stand_in_engines import store_engines
+from stand_in_engines import list_parts, store_engines
 from stand_in_tensorrt import VERSION, StandInLibrary
 
 from mc_engines import onnxruntime_runner
+from mc_engines.building.bounds import VideoLimits
 from mc_engines.building.library import Library
 from mc_engines.bundle import Bundle
 from mc_engines.device import opening
 from mc_engines.device.cuda import Gpu
 from mc_engines.onnxruntime_providers import create_session
 from mc_runtime import generate_cli
-from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS
-from mc_runtime.families.registry import FAMILIES
 from mc_runtime.flags import choose_device
 from mc_runtime.generate_cli import main
-from mc_runtime.options import GenerationOptions
 
 SIZES = "--height", 32, "--width", 32, "--num-frames", 37, "--num-inference-steps", 4
 ON_GPU = "--backend", "tensorrt-rtx", "--dtype", "fp32"
@@ -42,8 +40,8 @@ def driver(monkeypatch) -> StandInDriver:
 @pytest.fixture
 def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A folder of engines for 32 x 32 pixels, of all parts that run on a GPU."""
-    parts = *ON_DEVICE, *OPTIONAL_PARTS
-    store_engines(Bundle.open(tiny_bundle), tmp_path / "engines", parts)
+    bundle = Bundle.open(tiny_bundle)
+    store_engines(bundle, tmp_path / "engines", list_parts(bundle))
     return tmp_path / "engines"
 
 
@@ -62,7 +60,7 @@ def test_a_video_from_engines_is_that_of_the_cpu(tiny_bundle, tmp_path, folder, 
     with np.load(given) as ours, np.load(expected) as theirs:
         np.testing.assert_allclose(ours["latents"], theirs["latents"], atol=2e-5)
     caches = list(folder.rglob("*.sm86.cache"))
-    assert len(caches) == len(ON_DEVICE) + len(OPTIONAL_PARTS)
+    assert len(caches) == len(list_parts(Bundle.open(tiny_bundle)))
 
 
 def test_a_run_is_repeated_on_what_it_ran_on(tiny_bundle, tmp_path, folder, driver):
@@ -110,7 +108,7 @@ def test_it_is_said_whether_weights_stay_or_are_streamed(tiny_bundle, tmp_path, 
 
 def test_a_megabyte_is_a_million_bytes_as_in_every_message():
     values = {"backend": "tensorrt", "max_vram": 7, "dtype": None, "engines": None, "device": None}
-    assert choose_device(values, FAMILIES["skyreels"], GenerationOptions()).max_vram == 7_000_000
+    assert choose_device(values, VideoLimits(32, 32, 97, 5)).max_vram == 7_000_000
 
 
 @pytest.mark.parametrize("missing", [["first", "next"], ["first"], ["next"]])

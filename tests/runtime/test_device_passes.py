@@ -15,14 +15,13 @@ from functools import partial
 import numpy as np
 import pytest
 from stand_in_driver import StandInDriver
-from stand_in_tensorrt import StandInLibrary, StandInTensorRT, make_plan
+from stand_in_engines import open_stand_in
 
-from mc_engines.building.bounds import VideoLimits, bound_symbols, bucket_symbols
-from mc_engines.building.compile import Request
-from mc_engines.building.library import BACKENDS, Library
+from mc_engines.building.bounds import VideoLimits
+from mc_engines.building.library import BACKENDS
 from mc_engines.device.arrays import Transfers
 from mc_engines.device.cuda import Gpu, Stream
-from mc_engines.device.device import Device, Plan
+from mc_engines.device.device import Device
 from mc_engines.device.engine import Context
 from mc_engines.device.kernels import RowMover
 from mc_engines.device.opening import DeviceOptions
@@ -92,20 +91,9 @@ class Setup:
     ) -> None:
         self.driver = StandInDriver(eager=eager)
         self.tiny = tiny
-        rtx = backend == "tensorrt-rtx"
-        library = Library(backend, (StandInLibrary if rtx else StandInTensorRT)(self.driver))
-        bundle = tiny.bundle
-        symbols = bound_symbols(bundle.manifest.config, VideoLimits(most, most, 97, 5))
-        buckets = bundle.manifest.config["transformer"]["token_buckets"]
-        profiles = [symbols] if rtx else [bucket_symbols(symbols, share) for share in buckets]
-        plans = {}
-        for name in COMPONENTS:
-            graph = bundle.graph(name, "fp32")
-            bounds = Request((), profiles).bound(graph)
-            plans[name] = Plan(graph, make_plan(bundle.graph_path(name, "fp32"), bounds), name)
-        budget = 0 if stream_weights else max_vram
-        gpu = Gpu(self.driver)
-        self.device = FourLayers(gpu, library, bundle, "fp32", plans, b"cubin 86", budget)
+        limits, budget = VideoLimits(most, most, 97, 5), 0 if stream_weights else max_vram
+        given = tiny.bundle, self.driver, limits, COMPONENTS, backend, budget
+        self.device = open_stand_in(*given, kind=FourLayers)
         config, runners = replace(tiny.transformer.config, layers=4), tiny.transformer.runners
         weights = self.device.open_weights("block", 0)
         self.passes = DevicePasses(config, self.device, runners["timestep"], weights)
@@ -346,7 +334,7 @@ def allocate_key_maps_anew(patch) -> None:
     recompute = DevicePasses._recompute
 
     def forget(self, branch, chunk, *arguments):
-        branch.kv_maps.pop(chunk, None)  # what was recorded goes on reading it
+        branch.kv_maps.clear()  # what was recorded goes on reading them
         return recompute(self, branch, chunk, *arguments)
 
     patch(DevicePasses, "_recompute", forget)
@@ -411,11 +399,11 @@ def name_the_key_beside_it(patch) -> None:
 def replay_another_buckets_graph(patch) -> None:
     run_blocks = DevicePasses._run_blocks
 
-    def confuse(self, branch, chunk, x, size):
-        for (recorded, _), graph in list(branch.graphs.items()):
-            if recorded == chunk and graph is not None:
-                branch.graphs[chunk, size] = graph
-        run_blocks(self, branch, chunk, x, size)
+    def confuse(self, branch, kind, x):
+        for recorded, graph in list(branch.graphs.items()):
+            if recorded.chunk == kind.chunk and graph is not None:
+                branch.graphs[kind] = graph
+        run_blocks(self, branch, kind, x)
 
     patch(DevicePasses, "_run_blocks", confuse)
 
@@ -473,9 +461,9 @@ def use_pinned_memory_again_at_once(patch) -> None:
 def record_before_the_first_run(patch) -> None:
     run_blocks = DevicePasses._run_blocks
 
-    def record(self, branch, chunk, x, size):
-        branch.graphs.setdefault((chunk, size), None)
-        run_blocks(self, branch, chunk, x, size)
+    def record(self, branch, kind, x):
+        branch.graphs.setdefault(kind, None)
+        run_blocks(self, branch, kind, x)
 
     patch(DevicePasses, "_run_blocks", record)
 
@@ -483,11 +471,11 @@ def record_before_the_first_run(patch) -> None:
 def replay_another_chunks_graph(patch) -> None:
     run_blocks = DevicePasses._run_blocks
 
-    def confuse(self, branch, chunk, x, size):
-        run_blocks(self, branch, chunk, x, size)
-        graph = branch.graphs.get((0, size))
-        if chunk and graph is not None:
-            branch.graphs[chunk, size] = graph
+    def confuse(self, branch, kind, x):
+        run_blocks(self, branch, kind, x)
+        for recorded, graph in list(branch.graphs.items()):
+            if (recorded.chunk, recorded.size) == (0, kind.size) and graph is not None:
+                branch.graphs[kind] = graph
 
     patch(DevicePasses, "_run_blocks", confuse)
 
@@ -544,10 +532,10 @@ def keep_an_old_residual(patch) -> None:
 def scratch_over_activations(patch) -> None:
     run_blocks = DevicePasses._run_blocks
 
-    def overlap(self, branch, chunk, x, size):
+    def overlap(self, branch, kind, x):
         for context in self.device._contexts.values():
             context._raw.scratch = x.address, 64
-        run_blocks(self, branch, chunk, x, size)
+        run_blocks(self, branch, kind, x)
 
     patch(DevicePasses, "_run_blocks", overlap)
 

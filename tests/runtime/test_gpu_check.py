@@ -14,7 +14,7 @@ import pytest
 import stand_in_tensorrt
 from gpu_check import TOLERANCE, check
 from stand_in_driver import StandInDriver
-from stand_in_engines import store_engines
+from stand_in_engines import list_parts, store_engines
 from stand_in_tensorrt import StandInLibrary
 
 from mc_engines.building.bounds import VideoLimits
@@ -28,7 +28,7 @@ from mc_engines.errors import EngineError
 from mc_engines.onnxruntime_runner import OnnxRuntimeRunner
 from mc_export.passes.round_bf16 import round_bf16
 from mc_runtime import doctor
-from mc_runtime.device_passes import ON_DEVICE, OPTIONAL_PARTS, DevicePasses
+from mc_runtime.device_passes import DevicePasses
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from motioncache import choose_policy
@@ -48,7 +48,7 @@ def report(tiny_bundle, tmp_path, monkeypatch):
     for module in (opening, doctor):
         monkeypatch.setattr(module, "compile_kernels", lambda capability: b"cubin 86")
     bundle, folder = Bundle.open(tiny_bundle), tmp_path / "engines"
-    store_engines(bundle, folder, (*ON_DEVICE, *OPTIONAL_PARTS))
+    store_engines(bundle, folder, list_parts(bundle))
     limits = VideoLimits(32, 32, 17, 5)
     return lambda: check(bundle, DeviceOptions("tensorrt-rtx", limits, "fp32", folder), OPTIONS)
 
@@ -109,12 +109,13 @@ def test_without_a_driver_the_report_says_so(command, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("GPU: expected an NVIDIA driver, got none.\n")
 
 
-def test_every_engine_that_the_cpu_runs_too_is_compared(report):
+def test_every_engine_that_the_cpu_runs_too_is_compared(report, tiny_bundle):
     made = report()
     by_name = {line["component"]: line for line in made["engines"]}
     compared = {name for name, line in by_name.items() if line["error"] is not None}
     assert all(line["good"] for name, line in by_name.items() if name in compared)
-    assert made["not_checked"] == ["timestep"] and compared == {*ON_DEVICE, *OPTIONAL_PARTS}
+    assert made["not_checked"] == ["timestep"]
+    assert compared == {*list_parts(Bundle.open(tiny_bundle))}
     assert made["generations"]["none"]["latents_difference"] < 1e-4
     assert made["good"] and made["failure"] is None
 
@@ -229,7 +230,7 @@ def test_right_engines_of_16_bits_are_called_good(tiny_bundle, tmp_path, monkeyp
         return lowered
 
     monkeypatch.setattr(gpu_check, "DeviceRunner", open_lowered)
-    parts = *ON_DEVICE, *OPTIONAL_PARTS
+    parts = list_parts(bundle)
     calls = gpu_check.record_calls(bundle, OPTIONS, "none")
     tolerances = {name: gpu_check.choose_tolerance(bundle, name, form) for name in parts}
     assert tolerances["block"] == TOLERANCE[form]

@@ -101,6 +101,13 @@ class Device:
         self._contexts: dict[tuple[str, int, Shapes], Context] = {}
         self._max_vram = max_vram
 
+    def takes(self, component: str, tensor: str) -> bool:
+        """Say whether there is an engine of a component that takes or gives a tensor."""
+        engine = self.engines.get(component)
+        if engine is None:
+            return False
+        return tensor in {spec.name for spec in (*engine.graph.inputs, *engine.graph.outputs)}
+
     def context_for(self, component: str, arrays: Mapping[str, DeviceArray]) -> Context:
         """Return the context for the shapes of inputs and weights, opened when they are new.
 

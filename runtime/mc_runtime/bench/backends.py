@@ -66,7 +66,7 @@ def open_backend(
     """
     flags = {**values, "backend": name, "engines": values["engine_folder"]}
     pipeline = VideoPipeline(bundle, values["threads"], choose_provider(flags))
-    device = choose_device(flags, pipeline.family, options(pipeline))
+    device = choose_device(flags, pipeline.limit_video(options(pipeline)))
     if device is None:
         return Backend(name, pipeline)
     pipeline.use_device(device)

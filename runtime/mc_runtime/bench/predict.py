@@ -41,7 +41,6 @@ from mc_runtime.bench.roofline import (
     find_steps,
     predict_run,
 )
-from mc_runtime.families.family import ENGINES
 from mc_runtime.run_plan import RunPlan
 from motioncache import DecisionTrace
 
@@ -142,7 +141,6 @@ def predict(model: Model, request: Request) -> dict[str, Any]:
         "work": asdict(run.total) | {"bytes": run.total.bytes},
         "frames_per_second": request.options.num_frames / run.seconds[1],
         "memory": _memory(model, request, prefix, device),
-        "driven": request.device == THIS_CPU or ENGINES not in model.family.not_yet,
     }
 
 

@@ -64,7 +64,6 @@ _HOST_PARTS = {
     "decoder": "activations and states of the decoder",
     "frames": "frames of a chunk",
 }
-_NOT_YET = "Engines of this family cannot be run on a GPU yet."
 _RUNS = {"policy": "this run", "none": "nothing skipped", "vanilla": "every chunk in every row"}
 
 
@@ -198,7 +197,6 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     texts = " + ".join(map(str, report["text_tokens"]))
     return [
         peak,
-        *([] if report["driven"] else [_NOT_YET]),
         report["note"],
         f"Texts: {texts} tokens.",
         f"Rates: {rates['flops'] / 1e12:.4g} TFLOP/s with weights, "

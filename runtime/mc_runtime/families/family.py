@@ -3,7 +3,7 @@
 Neighbours: `registry` has the families; `VideoPipeline` and `generate_chunks` ask them.
 """
 
-__all__ = ["ENGINES", "Family", "Place", "Prompts", "Rehearsal", "Run", "Saving"]
+__all__ = ["Family", "Place", "Prompts", "Rehearsal", "Run", "Saving"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.building.bounds import Bounds, VideoLimits
 from mc_engines.published import Published
+from mc_engines.run_sizes import Kept
 from mc_runtime import vae
 from mc_runtime.denoise import Steps, Window
 from mc_runtime.flops import ModelFlops, Work
@@ -25,7 +27,6 @@ from mc_runtime.text import clean_prompt
 from mc_runtime.vae import Coding, Decoder, Encoder, VaeParts
 from motioncache import Policy
 
-ENGINES = "engines on a GPU"
 Prompts = Callable[[Prompt, Prompt, RunPlan], Sequence[NamedText]]
 
 
@@ -113,7 +114,10 @@ class Family:
         prompt_tokens: From a config to the tokens of its prompts, where nobody has one yet.
         table_tokens: Of each of the tables, as published.
         parallel_text: Whether blocks attend to the text beside the chunks, and not after them.
-        not_yet: Commands, and `engines on a GPU`, that do not take bundles of the family yet.
+        limits: From options and config to the largest video that engines of a run have to take.
+        kept: From config and the bounds of such a video to what a run keeps on a GPU; None where
+            two branches keep keys and residuals of a whole window.
+        not_yet: Commands that do not take bundles of the family yet.
         vanilla: From a model's operations, the plan and the text tokens of each branch to what the
             original loop takes; None where it computes what the policy `none` does.
         tables: Of the bundle, that a run takes besides the texts.
@@ -138,6 +142,7 @@ class Family:
     prompts: Prompts
     describe: Callable[[Mapping[str, Any], Any, RunPlan, Sequence[int]], dict[str, Any]]
     start: Callable[[Inputs, RunPlan, Passes, Policy], Run]
+    limits: Callable[[Any, Mapping[str, Any]], VideoLimits]
     rehearse: Callable[[Passes, Any, RunPlan, Mapping[str, Any]], Rehearsal]
     passes: Callable[[Mapping[str, Any], Any, RunPlan], NDArray[np.int8]]
     slots: Callable[[Mapping[str, Any], Any, RunPlan], tuple[tuple[int, ...], int]]
@@ -148,6 +153,7 @@ class Family:
     parallel_text: bool = False
     keeps_velocity: bool = False
     vanilla: Callable[[ModelFlops, RunPlan, Sequence[int]], Work] | None = None
+    kept: Callable[[Mapping[str, Any], Mapping[str, Bounds]], Kept] | None = None
     tables: tuple[str, ...] = ()
     clean: Callable[[str], str] = clean_prompt
     pads_text: bool = True

@@ -12,6 +12,8 @@ __all__ = [
     "count_continued",
     "default_options",
     "describe",
+    "keep_on_device",
+    "limit_video",
     "list_timesteps",
     "pick_prompts",
     "plan",
@@ -26,6 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.building.bounds import Bounds, VideoLimits
+from mc_engines.run_sizes import Kept
 from mc_runtime.families.family import Place, Rehearsal
 from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
 from mc_runtime.families.magi_steps import MagiRun, MagiTexts
@@ -137,6 +141,24 @@ def describe(
     return describe_work(schedule, plan, [length] * _count_captions(plan, special), null)
 
 
+def limit_video(options: MagiOptions, config: Mapping[str, Any]) -> VideoLimits:
+    """Return a video of as many frames as a branch keeps keys of at once; see `Family.limits`."""
+    schedule, grid = MagiSchedule.from_manifest(config, options), read_grid(config)
+    chunk = grid.pixel_frames(schedule.chunk_frames)
+    chunks = options.num_frames // chunk
+    kept = schedule.kept_chunks(chunks, given=chunks)  # whether anything is given is not known
+    return VideoLimits(options.height, options.width, kept * chunk, schedule.chunk_frames)
+
+
+def keep_on_device(config: Mapping[str, Any], symbols: Mapping[str, Bounds]) -> Kept:
+    """Say what a run keeps on a GPU; see `Family.kept`. Velocities stay on the host."""
+    schedule = MagiSchedule.from_manifest(config, default_options(config))
+    tokens, slots, text = (symbols[name].most for name in ("L", "S", "T"))
+    alone = min(slots, schedule.window_chunks * tokens)
+    keys = tuple(alone if branch.alone else slots for branch in schedule.branches)
+    return Kept(keys, (LONGEST + 1) * text, 0)
+
+
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> MagiRun:
     """Compute the keys of the texts and the modulation, once.
 
@@ -188,16 +210,15 @@ def _list_places(schedule: MagiSchedule, plan: RunPlan) -> list[Place]:
     active = plan.shape.active
     counts, chunks = active.sum(axis=1), active.shape[1]
     row = int(np.flatnonzero(counts == counts.max())[-1])
-    steps, kept = plan.matrices[0].step[row] - 1, schedule.kept_chunks(chunks, 0)
+    steps, slots = plan.matrices[0].step[row] - 1, schedule.slots(chunks, 0)
     places = []
     for chunk in np.flatnonzero(active[row]).tolist():
         step = int(steps[chunk])
         name = f"chunk {chunk + 1}, stage {step // schedule.stage_steps + 1}"
-        places.append(Place(name, chunk, schedule.visible(chunk, step), kept))
-    if any(branch.alone for branch in schedule.branches):
+        places.append(Place(name, chunk, schedule.visible(chunk, step), slots[0]))
+    if schedule.branches[-1].alone:
         last = places[-1].chunk
-        name = f"chunk {last + 1}, itself alone"
-        places.append(Place(name, last, [last], schedule.window_chunks))
+        places.append(Place(f"chunk {last + 1}, itself alone", last, [last], slots[-1]))
     return places
 
 

@@ -5,7 +5,7 @@ __all__ = ["FAMILIES"]
 from mc_runtime import tiled_vae
 from mc_runtime.caption import clean_caption
 from mc_runtime.families import magi, magi_work, skyreels, skyreels_work
-from mc_runtime.families.family import ENGINES, Family
+from mc_runtime.families.family import Family
 
 _SKYREELS = Family(
     name="skyreels",
@@ -19,6 +19,7 @@ _SKYREELS = Family(
     prompts=skyreels.pick_prompts,
     describe=skyreels.describe,
     start=skyreels.start,
+    limits=skyreels.limit_video,
     rehearse=skyreels.rehearse,
     passes=skyreels_work.list_passes,
     slots=skyreels_work.list_slots,
@@ -39,6 +40,8 @@ _MAGI = Family(
     prompts=magi.pick_prompts,
     describe=magi.describe,
     start=magi.start,
+    limits=magi.limit_video,
+    kept=magi.keep_on_device,
     rehearse=magi.rehearse,
     passes=magi_work.list_passes,
     slots=magi_work.list_slots,
@@ -56,7 +59,6 @@ _MAGI = Family(
     decoded=tiled_vae.DECODED,
     encoded=tiled_vae.ENCODED,
     not_yet=(
-        ENGINES,
         "mc-bench predict --device this-cpu",
         "mc-bench run --baseline diffusers",
     ),

@@ -15,6 +15,7 @@ __all__ = [
     "count_vanilla",
     "default_options",
     "describe",
+    "limit_video",
     "list_timesteps",
     "pick_prompts",
     "plan",
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mc_engines.building.bounds import VideoLimits
 from mc_runtime.decisions import Decisions
 from mc_runtime.denoise import Window
 from mc_runtime.families.family import Place, Rehearsal
@@ -85,6 +87,12 @@ def plan(
     """Lay out a run; see `Family.plan`."""
     validate_options(options, prefix, grid)
     return plan_run(options, prefix, grid)
+
+
+def limit_video(options: GenerationOptions, config: Mapping[str, Any]) -> VideoLimits:
+    """Return the size of a run's largest window; see `Family.limits`."""
+    frames = min(options.num_frames, options.base_num_frames)
+    return VideoLimits(options.height, options.width, frames, options.causal_block_size)
 
 
 def count_vanilla(flops: ModelFlops, plan: RunPlan, text_tokens: Sequence[int]) -> Work:
