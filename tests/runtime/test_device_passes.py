@@ -576,6 +576,28 @@ def record_streamed_weights(patch) -> None:
     patch(StreamedWeights, "stay", True)
 
 
+def give_no_number_for_motion(patch) -> None:
+    read = DevicePasses.read
+
+    def spoil(self, *arguments):
+        reading = read(self, *arguments)
+        motion = None if reading.motion is None else reading.motion * np.float32(np.nan)
+        return replace(reading, motion=motion)
+
+    patch(DevicePasses, "read", spoil)
+
+
+def give_pinned_memory_back_too_early(patch) -> None:
+    upload = Transfers.upload
+
+    def forget(self, array, target):
+        placed = upload(self, array, target)
+        self._pinned, self._used = self.stream.gpu.allocate_host(len(self._pinned.bytes)), 0
+        return placed
+
+    patch(Transfers, "upload", forget)
+
+
 DIFFERS, GONE, BEYOND = "differs", "illegal address", "a row beyond the array"
 FAULTS = {  # and how each is noticed
     swap_layers: DIFFERS,
@@ -604,6 +626,8 @@ FAULTS = {  # and how each is noticed
     scratch_over_activations: DIFFERS,
     start_motion_anywhere: DIFFERS,
     mix_up_the_prompts: DIFFERS,
+    give_no_number_for_motion: "motion: expected finite values",
+    give_pinned_memory_back_too_early: "pinned memory at .* given back",
 }
 STREAMED = {
     compute_before_the_weights_are_there: DIFFERS,
@@ -644,6 +668,78 @@ def test_a_planted_fault_is_noticed(tiny, expected, fault, eager, monkeypatch) -
         fault(context.setattr)
         noticed = run_with_fault(setup, expected)
     assert re.match(kind if isinstance(kind, str) else kind[eager], noticed, re.DOTALL), noticed
+
+
+def test_a_layer_is_copied_while_the_one_before_is_computed(tiny, monkeypatch) -> None:
+    """Queued before it, on another stream, and waited for by no one but its own layer."""
+    setup = Setup(tiny, stream_weights=True)
+    driver, compute = setup.driver, setup.device.stream.handle
+    copying = setup.passes.weights._copy.handle
+    copies, waited, computed = [], [0], []
+
+    def watch(name, note):
+        call = getattr(driver, name)
+
+        def noting(*arguments):
+            note(*arguments)
+            return call(*arguments)
+
+        monkeypatch.setattr(driver, name, noting)
+
+    def record(event, stream):
+        event.copies = len(copies) if stream is copying else 0
+
+    def wait(stream, event, flags):
+        waited.append(max(waited[-1], event.copies if stream is compute else 0))
+
+    def copy(target, source, size, stream):
+        copies.extend([size] if stream is copying else [])
+
+    watch("cuMemcpyHtoDAsync", copy)
+    watch("cuEventRecord", record)
+    watch("cuStreamWaitEvent", wait)
+    enqueue = Context.enqueue
+
+    def note_block(self, stream):
+        if "k_cache" in self.shapes:
+            computed.append((len(copies), waited[-1]))
+        enqueue(self, stream)
+
+    monkeypatch.setattr(Context, "enqueue", note_block)
+    setup.generate(setup.passes, "none")
+    assert len(computed) > 40
+    for number, (queued, last) in enumerate(computed, 1):
+        assert queued >= number + 1 and last <= number
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_address_is_set_when_it_changes_and_not_before(tiny, monkeypatch, streamed) -> None:
+    setup, count = Setup(tiny, streamed), {"set": 0, "changed": 0}
+    bind, unbind = Context.bind, Context.unbind
+
+    def note_bind(self, inputs, weights, outputs):
+        raw, known = self._raw, vars(self).setdefault("known", {})
+        if "set_tensor_address" not in vars(raw):
+            put = raw.set_tensor_address
+
+            def counting(name, address):
+                count["set"] += 1
+                return put(name, address)
+
+            raw.set_tensor_address = counting
+        for name, array in {**inputs, **weights, **outputs}.items():
+            count["changed"] += known.get(name) != array.address
+            known[name] = array.address
+        bind(self, inputs, weights, outputs)
+
+    def note_unbind(self):
+        vars(self).pop("known", None)
+        unbind(self)
+
+    monkeypatch.setattr(Context, "bind", note_bind)
+    monkeypatch.setattr(Context, "unbind", note_unbind)
+    setup.generate(setup.passes, "none")
+    assert count["set"] == count["changed"] > 0
 
 
 def test_the_same_run_without_a_fault_differs_from_nothing(tiny, expected) -> None:

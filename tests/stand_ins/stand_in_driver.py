@@ -72,6 +72,7 @@ class StandInDriver:
         self.total, self.capability, self.eager, self.devices = memory, capability, eager, devices
         self.blocks, self.starts, self.next = {}, [], 1 << 40
         self.hosts, self.streams, self.graphs, self.faults = {}, [], 0, []
+        self.freed_hosts = []  # kept, so that no other block gets their addresses
         self.kernels = {"move_rows": self.move_rows}
         self.launches, self.replays, self.peak = 0, 0, 0
         self.waits, self.frees = 0, 0  # the host waits for a stream, or for all of them
@@ -161,8 +162,15 @@ class StandInDriver:
         return OK, block.ctypes.data
 
     def cuMemFreeHost(self, address):
-        del self.hosts[address]
+        self.freed_hosts.append(self.hosts.pop(address))
         return (OK,)
+
+    def view_host(self, address, size):
+        """The bytes at an address of the host; a fault where pinned memory was given back."""
+        for block in self.freed_hosts:
+            if 0 <= address - block.ctypes.data < len(block):
+                raise Fault(f"pinned memory at {address:#x} that was given back")
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def view(self, address, size):
         """The bytes at an address of the GPU; a fault where they belong to no one block."""
@@ -260,16 +268,14 @@ class StandInDriver:
 
     def cuMemcpyHtoDAsync(self, target, source, size, stream):
         def work():
-            block = (ctypes.c_uint8 * size).from_address(source)
-            self.view(target, size)[:] = np.ctypeslib.as_array(block)
+            self.view(target, size)[:] = self.view_host(source, size)
 
         self.put(stream, work)
         return (OK,)
 
     def cuMemcpyDtoHAsync(self, target, source, size, stream):
         def work():
-            block = (ctypes.c_uint8 * size).from_address(target)
-            np.ctypeslib.as_array(block)[:] = self.view(source, size)
+            self.view_host(target, size)[:] = self.view(source, size)
 
         self.put(stream, work)
         return (OK,)

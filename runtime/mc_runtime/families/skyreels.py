@@ -339,10 +339,13 @@ class SkyreelsSteps:
             window.shape.frames if observed else 0,
             branch.last_frames.get(chunk - 1) if observed else None,
         )
-        if not np.isfinite(reading.patches).all():
+        read = {"head": reading.patches}
+        if reading.motion is not None:
+            read["motion"] = reading.motion
+        if not all(np.isfinite(value).all() for value in read.values()):
             values = {"embed": x, "block": out}
             on_host = {name: passes.to_host(value) for name, value in values.items()}
-            window.refuse_nan({**on_host, "head": reading.patches}, chunk, step)
+            window.refuse_nan({**on_host, **read}, chunk, step)
         if reading.motion is not None:
             branch.last_frames[chunk] = reading.last_frame
             branch.decisions.observe(window.row, chunk, reading.motion)
