@@ -110,30 +110,36 @@ def build_bundle(library: Library, folder: Path) -> None:
     config = bundle.manifest.config
     video = config.get("video", {"height": LIMITS.height, "width": LIMITS.width})
     limits = VideoLimits(video["height"], video["width"], LIMITS.max_frames, LIMITS.chunk_frames)
-    for name, component in bundle.manifest.components.items():
-        for form, targets in BUILDS:
+    for form, targets in BUILDS:
+        sizes, start = [], time.perf_counter()
+        for name, component in bundle.manifest.components.items():
             if form in component.graphs:
                 graph, path = component.graphs[form], bundle.graph_path(name, form)
                 request = Request(targets, [bound_symbols(config, limits)])
-                build(library, f"{folder.stem} {name}", form, graph, path, request)
+                sizes.append(build(library, f"{folder.stem} {name}", form, graph, path, request))
+        built = [size for size in sizes if size]
+        cells = f"{sum(built) / 1e6:.2f} MB | {time.perf_counter() - start:.2f} s"
+        title = f"all {len(built)} engines of {folder.stem}"
+        print(f"| {title} | {form} | {' '.join(map(str, targets))} | {cells} | |", flush=True)
 
 
 def build(
     library: Library, title: str, form: str, graph: GraphSpec, path: Path, request: Request
-) -> None:
-    """Build one engine, and print its size and time, or why there is none."""
+) -> int:
+    """Build one engine, and print its size and time, or why there is none; return its bytes."""
     start = time.perf_counter()
     targets = " ".join(map(str, request.targets))
     try:
         plan = build_plan(library, graph, path, request)
     except BuildError as error:
         print(f"| {title} | {form} | {targets} | not built: {error} | | |", flush=True)
-        return
+        return 0
     spent, kernels = time.perf_counter() - start, "none"
     if has_softmax(path):
         kernels = str(count_attention_kernels(plan) or "unknown")
     cells = f"{len(plan) / 1e6:.2f} MB | {spent:.2f} s | {kernels}"
     print(f"| {title} | {form} | {targets} | {cells} |", flush=True)
+    return len(plan)
 
 
 def main() -> None:

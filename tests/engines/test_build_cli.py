@@ -84,6 +84,12 @@ def test_a_sidecar_says_what_its_engine_is(bundle: Path) -> None:
     assert sidecar.profiles == ({"patches": [[1, 1, 64], [1, 10200, 64], [1, 10200, 64]]},)
 
 
+def test_the_newest_target_is_built_for(bundle: Path) -> None:
+    run(bundle, "--component", "block", "--sm", "121")
+    (sidecar,) = EngineStore(Bundle.open(bundle)).read()[0]
+    assert sidecar.targets == (121,) and sidecar.fused_attention is True
+
+
 def test_what_is_there_is_not_built_again(bundle: Path) -> None:
     run(bundle, *SMALL)
     files = read_files(bundle)

@@ -58,7 +58,8 @@ class DeviceEngine:
         if self._engine is None:
             raise EngineError(
                 f"{file}: expected an engine of {library.backend} {library.version} for this GPU, "
-                f"got: {self.reason()}. Build it again with mc-build."
+                f"got: {self.reason()}. Build it again with mc-build; if memory is what it lacks, "
+                "close what else uses the GPU."
             )
         self._check_tensors()
         self._config = library.create_runtime_config(self._engine, cache)
