@@ -22,11 +22,13 @@ import numpy as np
 from peak_memory import PeakMemory
 
 from mc_engines.arena import Arena
+from mc_engines.block_tape import record_block
 from mc_engines.bundle import Bundle
 from mc_engines.host_sizes import hold_decoder, takes_fused
 from mc_engines.onnxruntime_runner import open_runner
 from mc_engines.run_sizes import TEXT_TOKENS, WindowShape
-from mc_engines.run_tapes import record_block
+from mc_engines.runner import Array
+from mc_engines.specs import GraphSpec
 from mc_runtime.bench.host_plan import SESSION_BYTES, measure_process, plan_host
 from mc_runtime.bench.predicted_model import describe_model
 from mc_runtime.pipeline import VideoPipeline
@@ -124,6 +126,15 @@ def check_block(bundle: Path, settings: Mapping[str, Any]) -> Check:
     return Check(name, parts, mapped, measured)
 
 
+def fill_inputs(graph: GraphSpec, sizes: Mapping[str, int], keys: int) -> dict[str, Array]:
+    """Make inputs of a block of given sizes, by their symbols, of which all keys are seen."""
+    inputs = {}
+    for spec in graph.inputs:
+        shape = tuple(each if isinstance(each, int) else sizes[each] for each in spec.shape)
+        inputs[spec.name] = np.full(shape, 0.01 if spec.dtype == "float32" else 0, spec.dtype)
+    return inputs | {"kv_map": np.arange(keys, dtype=np.int32)}
+
+
 def run_block(bundle: Path, settings: Mapping[str, Any]) -> PeakMemory:
     """Run it, with keys that have been written."""
     opened = Bundle.open(bundle)
@@ -133,11 +144,7 @@ def run_block(bundle: Path, settings: Mapping[str, Any]) -> PeakMemory:
         forms = [open_runner(opened, "block", form, THREADS) for form in ("fp32", "fp32-mha")]
         weights = opened.layer_weights("block", 0, "fp32")
         runner = forms[settings["fused"]]
-        inputs = {}
-        for spec in runner.graph.inputs:
-            shape = tuple(each if isinstance(each, int) else sizes[each] for each in spec.shape)
-            inputs[spec.name] = np.full(shape, 0.01 if spec.dtype == "float32" else 0, spec.dtype)
-        inputs["kv_map"] = np.arange(keys, dtype=np.int32)
+        inputs = fill_inputs(runner.graph, sizes, keys)
         for _ in range(settings["runs"]):
             outputs = runner.run(inputs, weights)  # those before are there until then
             assert np.isfinite(outputs["y"]).all()

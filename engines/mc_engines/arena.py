@@ -6,7 +6,8 @@ first run of a graph takes its tensors one by one; ONNX Runtime notes when each 
 later run of the same shapes takes one block that holds them all. The block seldom fits between what
 the first run left, so that an arena grows to about twice what is alive at a time.
 
-Neighbours: `run_tapes` says what the graphs take, `host_sizes` adds up what a run holds.
+Neighbours: `block_tape` and `decoder_tape` say what the graphs take, `host_sizes` adds up what a
+run holds.
 
 Source: microsoft/onnxruntime 009aae1, core/framework/bfc_arena.cc (regions, best fit, splitting,
 joining). That the block of later runs is packed by best fit was found by measuring 1.31.
@@ -123,6 +124,14 @@ class Arena:
         """Bytes in which something has lain so far."""
         return sum(stop - start for spans in self._touched.values() for start, stop in spans)
 
+    @property
+    def regions(self) -> list[int]:
+        """Bytes of every region, in the order in which they were asked for."""
+        sizes = [0] * self._regions
+        for piece in self._pieces:
+            sizes[piece.region] += piece.size
+        return sizes
+
     def run(self, tape: Tape, runs: int = 1) -> None:
         """Run a graph some times with the same shapes, new to it.
 
@@ -162,11 +171,16 @@ class Arena:
 
     def _find(self, size: int) -> _Piece | None:
         fitting = [piece for piece in self._pieces if piece.free and piece.size >= size]
-        return min(fitting, key=lambda piece: (_bin(piece.size), piece.size), default=None)
+        # Of pieces of one size that at the lowest address: regions come from the system downwards.
+        return min(
+            fitting,
+            key=lambda piece: (_bin(piece.size), piece.size, -piece.region, piece.start),
+            default=None,
+        )
 
     def _extend(self, size: int) -> _Piece:
         fits = size <= self._next
-        while self._next < size and self._next < _LARGEST_REGION:
+        while self._next < size:
             self._next *= 2
         piece = _Piece(self._regions, 0, max(size, self._next))
         if fits:

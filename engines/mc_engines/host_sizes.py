@@ -1,7 +1,7 @@
 """What a run holds in ONNX Runtime's arenas on the CPU.
 
-Neighbours: `run_tapes` and `arena`, which this drives as `Transformer` and `VaeDecoder` drive the
-graphs; `mc-bench predict` and `mc-export --dry-run` tell.
+Neighbours: `block_tape`, `decoder_tape` and `arena`, which this drives as `Transformer` and
+`VaeDecoder` drive the graphs; `mc-bench predict` and `mc-export --dry-run` tell.
 """
 
 __all__ = ["DecoderSizes", "hold_blocks", "hold_decoder", "takes_fused"]
@@ -9,9 +9,10 @@ __all__ = ["DecoderSizes", "hold_blocks", "hold_decoder", "takes_fused"]
 from dataclasses import dataclass
 
 from mc_engines.arena import Arena
+from mc_engines.block_tape import record_block
+from mc_engines.decoder_tape import DecoderShape, record_decoder
 from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES
 from mc_engines.run_sizes import WindowShape
-from mc_engines.run_tapes import DecoderShape, record_block, record_decoder
 
 
 def hold_blocks(shape: WindowShape) -> tuple[int, int]:

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_engines.decoder_tape import DecoderShape, Level
 from mc_engines.host_sizes import hold_blocks, hold_decoder
 from mc_engines.onnxruntime_runner import HELD_WEIGHTS_BYTES
 from mc_engines.run_sizes import RunSizes, WindowShape, plan_run_sizes
-from mc_engines.run_tapes import DecoderShape, Level
 from mc_export.component import ComponentSource
 from mc_export.tensor_source import Shape
 

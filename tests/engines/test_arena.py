@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from mc_engines.arena import Arena, Kind, Tape
+from mc_engines.block_tape import record_block
+from mc_engines.buffer_plan import Nodes
+from mc_engines.decoder_tape import DecoderShape, record_decoder
 from mc_engines.host_sizes import hold_blocks, hold_decoder, takes_fused
 from mc_engines.published import WAN21_VAE
 from mc_engines.run_sizes import WindowShape
-from mc_engines.run_tapes import DecoderShape, record_block, record_decoder
 from mc_export.random_source import RandomSource
 from mc_export.wan_vae_components import vae_components, vae_tensors
 
@@ -73,6 +75,29 @@ def test_the_outputs_of_a_run_are_there_until_the_next_has_ended() -> None:
     assert sizes == [64, 128, 128]
 
 
+def test_a_region_is_doubled_until_what_is_asked_for_fits() -> None:
+    arena = Arena()
+    arena.run(tape_of(("a", 3 * MIB), ("b", 3 * MIB), ("c", 9 * MIB), ("d", 1500 * MIB)))
+    assert [size // MIB for size in arena.regions] == [4, 4, 16, 2048]
+
+
+def test_a_buffer_goes_to_the_next_tensor_of_its_shape_alone() -> None:
+    nodes = Nodes()
+    nodes.add("a", "K C", 2)
+    nodes.add("b", "C K", 3, ["a"])
+    nodes.add("c", "K C", 2, ["b"], own=[7])  # where a lay
+    nodes.add("d", "C K", 3, ["c"], kind=Kind.OUTPUT)  # not where b lay
+    assert nodes.record().events == [
+        ("a", 2, Kind.PLANNED),
+        ("b", 3, Kind.PLANNED),
+        ("c, own 0", 7, Kind.SCRATCH),
+        ("c, own 0", None, Kind.SCRATCH),
+        ("b", None, Kind.PLANNED),
+        ("d", 3, Kind.OUTPUT),
+        ("a", None, Kind.PLANNED),
+    ]
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("config", [{"base_dim": 8, "num_res_blocks": 1}, {"base_dim": 4}])
 def test_the_decoder_keeps_what_its_graph_gives_back(config: dict, first: bool) -> None:
@@ -114,17 +139,20 @@ def test_the_plain_form_holds_scores_and_the_fused_one_keys_four_times() -> None
     scores = 3 * 320 * keys * 4
     plain, fused = (record_block(WINDOW, keys, form).live for form in (False, True))
     # The cache joined with the new rows, what is gathered from it, and rows of the chunk: four of
-    # the modulation, new keys and new values.
-    assert plain == scores + (1600 + 320) * row + keys * row + 6 * 320 * row
+    # the modulation, new keys and new values, three buffers that all later tokens go through and
+    # one that heads do.
+    assert plain == scores + (1600 + 320) * row + keys * row + 10 * 320 * row
+    # The same with heads behind tokens, and the kernel's own queries.
     text = 2 * 24 * row  # keys and values of the prompt, laid out for the kernel
-    assert fused == 4 * keys * row + 9 * 320 * row + text
+    assert fused == 4 * keys * row + 11 * 320 * row + text
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_wide_feed_forward_is_held_before_and_behind_gelu_and_in_it(fused: bool) -> None:
     wide = replace(WINDOW, ffn_dim=100_000)
-    rows = 320 * 192 * 4  # the gate, what is added to, and the new keys and values
-    assert record_block(wide, 1600, fused).live == 3 * 320 * 100_000 * 4 + 4 * rows
+    # The gate, what is added to, two buffers that are kept for what comes, new keys and values.
+    rows = 6 * 320 * 192 * 4
+    assert record_block(wide, 1600, fused).live == 3 * 320 * 100_000 * 4 + rows
 
 
 def test_more_steps_than_a_few_hold_no_more() -> None:

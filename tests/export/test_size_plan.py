@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from mc_engines.decoder_tape import DecoderShape
 from mc_engines.host_sizes import hold_decoder
 from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
-from mc_engines.run_tapes import DecoderShape
 from mc_export.component import ComponentSource
 from mc_export.random_source import RandomSource
 from mc_export.size_plan import SizePlan, plan_sizes

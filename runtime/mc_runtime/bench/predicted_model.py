@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mc_engines.bundle import Bundle
+from mc_engines.decoder_tape import DecoderShape
 from mc_engines.manifest import Manifest
 from mc_engines.published import PUBLISHED_BY_FAMILY, Published
 from mc_engines.run_sizes import Kept, WindowShape
-from mc_engines.run_tapes import DecoderShape
 from mc_engines.specs import split_size
 from mc_runtime.bench.roofline import Schedule
 from mc_runtime.families.family import Family

@@ -1,151 +1,22 @@
-"""What the large graphs take and give back in a run in ONNX Runtime, in the order of their nodes.
+"""What a step of the VAE's decoder takes and gives back in ONNX Runtime, node by node.
 
-Written down from the graphs as ONNX Runtime optimises them, in float32; what is smaller than a row
-of channels per token is left out. A node that can compute in place does, so that it takes nothing.
+Written down from the graph as ONNX Runtime optimises it, in float32. A node that can compute in
+place does, so that it takes nothing; buffers are not shared beyond that (see `buffer_plan`).
 
-Neighbours: `arena` replays a tape, `host_sizes` adds up; `mc_export.skyreels.Block` and
-`mc_export.wan_vae.DecoderStep` are the graphs.
-
-Symbols: K recomputed tokens, L tokens of a chunk, M visible keys, S cache slots, C channels.
+Neighbours: `arena` replays a tape, `host_sizes` adds up; `mc_export.wan_vae.DecoderStep` is the
+graph.
 """
 
-__all__ = ["DecoderShape", "Level", "record_block", "record_decoder"]
+__all__ = ["DecoderShape", "Level", "record_decoder"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mc_engines.arena import Kind, Tape
-from mc_engines.run_sizes import WindowShape
 
 _BYTES = 4  # of a float32
 _COLOURS = 3
-
-
-def record_block(shape: WindowShape, keys: int, fused: bool) -> Tape:
-    """Record a full pass of one block.
-
-    Args:
-        shape: Of the model and the window; K is a whole chunk.
-        keys: M.
-        fused: The form with fused attention, or that which writes its scores.
-
-    Returns:
-        The tape; inputs and weights are the caller's and not on it.
-    """
-    tape, row = Tape(), shape.dim * _BYTES
-    k, ffn = shape.chunk_tokens * row, shape.chunk_tokens * shape.ffn_dim * _BYTES
-    joined, text = (shape.window_tokens + shape.chunk_tokens) * row, shape.text_tokens * row
-    for name in ("ffn gate", "ffn shift", "ffn scale", "gate"):  # a row for every token
-        tape.take(name, k)
-    if fused:
-        tape.take("text keys", text)
-        tape.take("text values", text)
-    for name in ("shift", "scale", "normal"):
-        tape.take(name, k)
-    tape.give("shift", "scale")
-    _replace(tape, "normal", "qkv", 3 * k)
-    for name in ("q", "k", "v"):
-        tape.take(name, k)
-    tape.give("qkv")
-    attend = _attend_fused if fused else _attend_plainly
-    attend(tape, shape, k, joined, keys)
-    tape.take("sum", k)
-    tape.give("attended", "gate")
-    tape.take("normal", k)
-    _replace(tape, "normal", "q", k)
-    tape.take("square", k)
-    tape.give("square")
-    _attend_text(tape, shape, k, text, fused)
-    tape.take("update", k)
-    tape.give("attended", "update")
-    tape.take("normal", k)
-    tape.give("ffn shift", "ffn scale")
-    _replace(tape, "normal", "up", ffn)
-    tape.take("gelu", ffn)
-    tape.take("gelu's own", ffn, Kind.SCRATCH)
-    tape.give("gelu's own", "up")
-    _replace(tape, "gelu", "down", k)
-    tape.take("y", k, Kind.OUTPUT)
-    tape.give("ffn gate", "sum", "down")
-    return tape
-
-
-def _replace(tape: Tape, old: str, new: str, size: int) -> None:
-    """Compute a tensor from another, which is not needed after."""
-    tape.take(new, size)
-    tape.give(old)
-
-
-def _rotate(tape: Tape, name: str, rotated: str, k: int, kind: Kind) -> None:
-    """Normalise queries or keys, and turn them by their angles, half by half."""
-    tape.take("square", k)
-    tape.give("square")
-    _replace(tape, name, "heads", k)
-    for half in ("first", "second", "turned", "other"):
-        tape.take(half, k // 2)
-        if half == "second":
-            tape.give("heads")
-    tape.give("second", "other")
-    tape.take(rotated, k, kind)
-    tape.give("first", "turned")
-
-
-def _look_up(tape: Tape, name: str, joined: int, keys: int) -> None:
-    """Join the cache with the new rows, and gather what is visible."""
-    tape.take("joined", joined)
-    _replace(tape, "joined", name, keys)
-
-
-def _attend_plainly(tape: Tape, shape: WindowShape, k: int, joined: int, keys: int) -> None:
-    visible = keys * shape.dim * _BYTES
-    scores = shape.heads * shape.chunk_tokens * keys * _BYTES
-    _rotate(tape, "k", "k_new", k, Kind.OUTPUT)
-    _look_up(tape, "keys", joined, visible)
-    _rotate(tape, "q", "turned q", k, Kind.PLANNED)
-    tape.take("scores", scores)
-    tape.give("turned q", "keys")  # the softmax is computed in place
-    tape.take("v_new", k, Kind.OUTPUT)
-    tape.give("v")
-    _look_up(tape, "values", joined, visible)
-    tape.take("mixed", k)
-    tape.give("scores", "values")
-    _replace(tape, "mixed", "attended", k)
-
-
-def _attend_fused(tape: Tape, shape: WindowShape, k: int, joined: int, keys: int) -> None:
-    visible = keys * shape.dim * _BYTES
-    tape.take("v_new", k, Kind.OUTPUT)
-    tape.give("v")
-    _look_up(tape, "gathered", joined, visible)
-    _replace(tape, "gathered", "values", visible)  # positions before heads, as the kernel has them
-    _rotate(tape, "k", "k_new", k, Kind.OUTPUT)
-    _look_up(tape, "gathered", joined, visible)
-    _replace(tape, "gathered", "keys", visible)
-    _rotate(tape, "q", "turned q", k, Kind.PLANNED)
-    _run_kernel(tape, "turned q", k, visible)
-    tape.give("turned q", "keys", "values")
-
-
-def _run_kernel(tape: Tape, queries: str, k: int, visible: int) -> None:
-    """Fused attention: the kernel lays out queries, keys and values for itself once more."""
-    tape.take("attended", k)
-    own = {"own q": k, "own keys": visible, "own values": visible}
-    for name, size in own.items():
-        tape.take(name, size, Kind.SCRATCH)
-    tape.give(*own)
-
-
-def _attend_text(tape: Tape, shape: WindowShape, k: int, text: int, fused: bool) -> None:
-    if fused:
-        _run_kernel(tape, "q", k, text)
-        tape.give("text keys", "text values", "q")
-        return
-    scores = shape.heads * shape.chunk_tokens * shape.text_tokens * _BYTES
-    _replace(tape, "q", "turned q", k)
-    _replace(tape, "turned q", "scores", scores)
-    _replace(tape, "scores", "mixed", k)
-    _replace(tape, "mixed", "attended", k)
 
 
 @dataclass(frozen=True)
