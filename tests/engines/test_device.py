@@ -85,11 +85,12 @@ def test_the_kernels_own_source_moves_rows(move_rows_on_cpu, planes, length, blo
     froms = rng.permutation(30)[:count].astype(np.int32)
     tos = rng.permutation(40)[:count].astype(np.int32)
     tos[[3, 10]] = -1
+    froms[[1, 10]] = -1
     use_froms, use_tos = chosen in ("sources", "both"), chosen in ("targets", "both")
     expected = target.copy()
     for row in range(count):
         get, put = froms[row] if use_froms else row, tos[row] if use_tos else row
-        if put >= 0:
+        if put >= 0 and get >= 0:
             expected[:, put] = source[:, get]
     move_rows_on_cpu(
         *(blocks, 8, source.ctypes.data_as(ctypes.c_void_p)),
