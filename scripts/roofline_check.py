@@ -53,8 +53,40 @@ def fit(costs: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.
 
 def check_measured(path: Path) -> bool:
     """Fit every second pass, print the error on the others; return whether the goal is met."""
-    report = json.loads(path.read_text())
-    passes = [each for each in report["engines"] if each["component"] == "block"]
+    print(write_measured(path))
+    asked = [each for each in fit_passes(path) if each.held_out and each.counts]
+    return bool(asked) and all(abs(each.error) <= GOAL for each in asked)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a sweep beside the fit.
+
+    Attributes:
+        name: Of the pass.
+        tokens: That it computes.
+        seconds: Measured, the median.
+        error: Of the fitted seconds, relative.
+        held_out: Whether the constants were fitted without it.
+    """
+
+    name: str
+    tokens: int
+    seconds: float
+    error: float
+    held_out: bool
+
+    @property
+    def counts(self) -> bool:
+        """Whether the goal is asked of it."""
+        return self.tokens >= LEAST_TOKENS
+
+
+def fit_passes(path: Path) -> list[Pass]:
+    """Fit every second pass of a report."""
+    passes = [
+        each for each in json.loads(path.read_text())["engines"] if each["component"] == "block"
+    ]
     costs = np.array(
         [
             (each["cost"]["flops"], each["cost"]["bytes"] + each["cost"]["copied_bytes"])
@@ -63,23 +95,22 @@ def check_measured(path: Path) -> bool:
         float,
     )
     seconds = np.array([each["latency_ms"]["p50"] for each in passes]) / 1e3
-    constants = fit(costs[::2], seconds[::2])
-    rates = [1 / constant if constant else np.inf for constant in constants]
-    print(f"fitted: {rates[0] / 1e9:.1f} GFLOP/s, {rates[1] / 1e9:.2f} GB/s")
-    met, held_out = True, 0
-    for index, each in enumerate(passes):
-        error = costs[index] @ constants / seconds[index] - 1
-        held = index % 2 == 1
-        counts = held and each["tokens"] >= LEAST_TOKENS
-        held_out += counts
-        met &= not counts or abs(error) <= GOAL
-        print(
-            f"  {each['name']:<36}{each['tokens']:>6} tokens {1e3 * seconds[index]:>9.2f} ms "
-            f"{error:>+8.1%} {'held out' if held else 'fitted'}"
-        )
-    print(f"within {GOAL:.0%} for every held-out pass of {LEAST_TOKENS} tokens: {met}")
-    print(f"held-out passes that this was asked of: {held_out}")
-    return met and held_out > 0
+    errors = costs @ fit(costs[::2], seconds[::2]) / seconds - 1
+    return [
+        Pass(each["name"], each["tokens"], float(taken), float(error), index % 2 == 1)
+        for index, (each, taken, error) in enumerate(zip(passes, seconds, errors, strict=True))
+    ]
+
+
+def write_measured(path: Path) -> str:
+    """Write the fit beside what was measured, as a table of Markdown."""
+    lines = ["| pass | tokens | measured | fitted | |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {each.name} | {each.tokens:,} | {1e3 * each.seconds:.0f} ms | {each.error:+.0%} | "
+        f"{'held out' if each.held_out else ''} |"
+        for each in fit_passes(path)
+    ]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

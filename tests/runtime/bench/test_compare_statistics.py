@@ -1,7 +1,7 @@
 """The statistics of `mc-bench compare` on a real run, its rounds dealt out to two reports.
 
-`data/sweep.json` is a report of `mc-bench run mini.bundle --engines --threads 1`, as it was
-written; only the folder of the bundle is left out.
+`data/sweep.json` is a report of `mc-bench run mini.bundle --engines --threads 1`. Its samples are
+as they were written; folders are left out, and its summary of the kernel was reckoned anew.
 """
 
 import copy

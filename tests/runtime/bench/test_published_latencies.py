@@ -1,10 +1,16 @@
-"""The roofline beside published latencies: what README.md prints is what the code reckons."""
+"""The roofline beside latencies, published and measured: README.md prints what the code reckons.
 
+`data/large.json` is a report of `mc-bench run mini.bundle --engines --component block --height 128
+--width 128 --iterations 20 --threads 1`, as it was written; only folders are left out.
+"""
+
+import json
 from pathlib import Path
 
 import pytest
 import roofline_check
 
+LARGE = Path(__file__).parent / "data" / "large.json"
 README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
@@ -25,3 +31,21 @@ def test_cached_runs_are_near_and_vanilla_is_slower_than_its_operations() -> Non
     for row in rows.values():
         missed = (vanilla.predicted / row.predicted) / (vanilla.published / row.published)
         assert missed == pytest.approx(vanilla.predicted / vanilla.published, rel=0.055)
+
+
+def test_two_constants_predict_the_passes_that_they_were_not_fitted_on() -> None:
+    assert f"\n{roofline_check.write_measured(LARGE)}\n\n" in README
+    held_out = [each for each in roofline_check.fit_passes(LARGE) if each.held_out]
+    asked = [each for each in held_out if each.counts]
+    assert [each.tokens for each in asked] == [1280, 1280, 960, 512]
+    assert all(abs(each.error) <= roofline_check.GOAL for each in asked)
+    assert roofline_check.check_measured(LARGE)
+
+
+def test_a_pass_that_takes_twice_as_long_is_not_predicted(tmp_path) -> None:
+    report = json.loads(LARGE.read_text())
+    passes = [each for each in report["engines"] if each["component"] == "block"]
+    passes[3]["latency_ms"]["p50"] *= 2
+    slow = tmp_path / "slow.json"
+    slow.write_text(json.dumps(report))
+    assert not roofline_check.check_measured(slow)
