@@ -4,7 +4,7 @@ Nothing of 28 GB lies on the disk beforehand: each tensor is drawn when it is as
 is a process of its own, so that its peak is its own: `anonymous` is memory that the process
 allocated, sampled every 20 ms; mapped files, which the system can drop at any time, are apart.
 
-    scripts/real_sizes.py             all steps; needs about 35 GB of disk and half an hour
+    scripts/real_sizes.py             all steps; needs about 35 GB of disk and an hour
     scripts/real_sizes.py run-1.3b    one of them
 """
 
@@ -12,7 +12,7 @@ import argparse
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ CHUNK_FRAMES = 5
 WINDOW_CHUNKS = 5
 TEXT_TOKENS = 512
 THREADS = 2
+MAGI_LAYERS = 27  # of 48: what stays below 30 GB
 INTERVAL = 0.02  # seconds between samples of memory
 
 
@@ -54,10 +55,39 @@ def export(model: str, whole: bool, target: Path) -> None:
     checkpoint = Checkpoint(Path(model), transformer, text_encoder, vae, None, None)
     with PeakMemory(INTERVAL) as memory:
         rows = export_bundle(checkpoint, target, overwrite=True)
-    worst = max(row.share for row in rows)
     print(f"export {model}{' with umT5-xxl and the VAE' if whole else ', transformer'}: {memory}, ")
-    print(f"  {folder_bytes(target) / 1e9:.2f} GB written, {len(rows)} outputs within", end="")
-    print(f" {worst:.0%} of their tolerance", flush=True)
+    report_export(target, [row.share for row in rows])
+
+
+def export_magi(layers: int, target: Path) -> None:
+    """Export the first layers of MAGI-1 24B's transformer in bfloat16, parity included."""
+    import torch
+
+    from mc_engines.published import MAGI
+    from mc_export.checkpoint import Checkpoint, Part
+    from mc_export.export_bundle import export_bundle
+    from mc_export.magi_config import transformer_tensors
+    from mc_export.random_source import RandomSource
+
+    torch.set_num_threads(THREADS)
+    published = MAGI["magi-24b"]
+    config = dict(published.transformer) | {"num_layers": layers}
+    source = RandomSource(transformer_tensors(config), torch.bfloat16, seed=0)
+    size = {"video_size_h": published.height, "video_size_w": published.width}
+    settings = dict(published.settings or {}) | size | {"num_frames": published.base_num_frames}
+    checkpoint = Checkpoint(
+        Path("magi-24b"), Part(config, source), None, None, None, settings, family="magi"
+    )
+    with PeakMemory(INTERVAL) as memory:
+        rows = export_bundle(checkpoint, target, overwrite=True)
+    print(f"export magi-24b, {layers} of 48 layers: {memory}, ")
+    report_export(target, [row.share for row in rows])
+
+
+def report_export(target: Path, shares: Sequence[float]) -> None:
+    """Print what was written, and how much of their tolerance the outputs used up."""
+    print(f"  {folder_bytes(target) / 1e9:.2f} GB written, {len(shares)} outputs within", end="")
+    print(f" {max(shares):.0%} of their tolerance", flush=True)
 
 
 def run(bundle: Path) -> None:
@@ -107,24 +137,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    steps = ("export-1.3b", "run-1.3b", "export-14b")
+    steps = ("export-1.3b", "run-1.3b", "export-14b", "export-magi-24b")
     parser.add_argument("step", nargs="?", choices=steps)
     parser.add_argument("--folder", type=Path, default=Path("out/real-sizes"))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     small, large = arguments.folder / "1.3b.bundle", arguments.folder / "14b.bundle"
+    magi = arguments.folder / "magi-24b.bundle"
     if arguments.step == "export-1.3b":
         export("skyreels-df-1.3b-540p", True, small)
     elif arguments.step == "run-1.3b":
         run(small)
     elif arguments.step == "export-14b":
         export("skyreels-df-14b-540p", False, large)
+    elif arguments.step == "export-magi-24b":
+        export_magi(MAGI_LAYERS, magi)
     else:
         for step in steps:
             command = [sys.executable, __file__, step, "--folder", str(arguments.folder)]
             subprocess.run(command, check=True)
-            if step != "export-1.3b":
-                shutil.rmtree(small if step == "run-1.3b" else large)
+            done = {"run-1.3b": small, "export-14b": large, "export-magi-24b": magi}.get(step)
+            if done is not None:
+                shutil.rmtree(done)
 
 
 if __name__ == "__main__":
