@@ -32,8 +32,7 @@ PUBLISHED_NAMES = [name for models in PUBLISHED_BY_FAMILY.values() for name in m
     "--model",
     type=click.Choice([*PUBLISHED_BY_FAMILY, *PUBLISHED_NAMES]),
     required=True,
-    help="Family, or one of its published models; skyreels-mini comes with this package. Of magi "
-    "the transformer alone is exported.",
+    help="Family, or one of its published models; skyreels-mini comes with this package.",
 )
 @click.option(
     "--checkpoint",
