@@ -48,6 +48,9 @@ class FakePipeline:
         digest = f"{path.name:0<64}"
         return cls(SimpleNamespace(path=path, model_hash=digest, manifest=manifest), threads)
 
+    def limit_video(self, options):
+        """On the CPU no engine is chosen by it."""
+
     def find_policy(self, policy, options=()):
         if isinstance(policy, DecisionTrace):
             return replay(policy)
