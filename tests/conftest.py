@@ -21,6 +21,7 @@ from diffusers.pipelines.skyreels_v2 import (
     pipeline_skyreels_v2_diffusion_forcing,
     pipeline_skyreels_v2_diffusion_forcing_v2v,
 )
+from magi_parts import write_whole
 from safetensors.torch import load_file
 from tiny_checkpoint import make_tiny_checkpoint
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -66,6 +67,13 @@ def tiny_bundle(export, tiny_checkpoint) -> Path:
 def tiny(tiny_bundle) -> VideoPipeline:
     """The pipeline of `tiny_bundle`."""
     return VideoPipeline.from_bundle(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def whole_magi_bundle(export, tmp_path_factory) -> Path:
+    """A golden case of MAGI-1 with text encoder and VAE. A test that changes it changes a copy."""
+    folder = tmp_path_factory.mktemp("magi") / "whole"
+    return export(write_whole(GOLDEN / "magi-a", folder), "magi")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from magi_parts import write_t5, write_vae
 
 from mc_runtime.bench.backends import Backend
 from mc_runtime.bench.cli import main
@@ -37,11 +35,8 @@ for setting in RULE.items():
 
 
 @pytest.fixture(scope="module")
-def bundle(export, tmp_path_factory):
-    checkpoint = shutil.copytree(CASE, tmp_path_factory.mktemp("magi") / "whole")
-    write_t5(checkpoint)
-    write_vae(checkpoint)
-    return export(checkpoint, "magi")
+def bundle(whole_magi_bundle):
+    return whole_magi_bundle
 
 
 def bench(bundle, *arguments, code=0):

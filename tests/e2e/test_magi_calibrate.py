@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from magi_parts import write_t5, write_vae
 
 from mc_engines.bundle import Bundle
 from mc_engines.verify import find_faults
@@ -39,11 +38,8 @@ def invoke(command, bundle, *arguments, code=0):
 
 
 @pytest.fixture(scope="module")
-def bundle(export, tmp_path_factory):
-    checkpoint = shutil.copytree(GOLDEN / "magi-a", tmp_path_factory.mktemp("magi") / "whole")
-    write_t5(checkpoint)
-    write_vae(checkpoint)
-    return export(checkpoint, "magi")
+def bundle(whole_magi_bundle):
+    return whole_magi_bundle
 
 
 @pytest.fixture(scope="module")

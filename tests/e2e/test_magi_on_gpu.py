@@ -1,12 +1,10 @@
 """A bundle of MAGI-1 with all of its parts on a GPU: engines of mc-build, and a stand-in for it."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from magi_parts import write_t5, write_vae
 from stand_in_driver import StandInDriver
 from stand_in_engines import list_parts, store_engines
 from stand_in_tensorrt import StandInLibrary
@@ -32,11 +30,8 @@ ON_GPU = ["--backend", "tensorrt-rtx", "--dtype", "fp32", "--engines"]
 
 
 @pytest.fixture(scope="module")
-def bundle(export, tmp_path_factory):
-    checkpoint = shutil.copytree(CASE, tmp_path_factory.mktemp("magi") / "on-gpu")
-    write_t5(checkpoint)
-    write_vae(checkpoint)
-    return export(checkpoint, "magi")
+def bundle(whole_magi_bundle):
+    return whole_magi_bundle
 
 
 def invoke(command, *arguments, code=0):

@@ -2,14 +2,13 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from magi_parts import write_t5, write_vae
+from magi_parts import write_whole
 from safetensors.torch import load_file
 
 from mc_runtime.bench.cli import main
@@ -28,12 +27,7 @@ RULE = {"threshold": 0.06, "chunk_threshold": 0.03, "warmup_steps": 1, "coarse_s
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    folder = shutil.copytree(CASE, tmp_path_factory.mktemp("magi") / "whole")
-    write_t5(folder)
-    write_vae(folder)
-    tokens = np.load(CASE / "inputs.npz")["special_tokens"]
-    np.savez(folder / "special_tokens.npz", other_tokens=tokens)
-    return folder
+    return write_whole(CASE, tmp_path_factory.mktemp("magi") / "special", special=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from magi_parts import write_t5, write_vae
+from magi_parts import write_whole
 from magi_vit import Vit, code_in_tiles
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5EncoderModel
@@ -39,12 +39,7 @@ def invoke(command, *arguments, code=0):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = shutil.copytree(CASE, tmp_path_factory.mktemp("magi") / "checkpoint")
-    write_t5(folder)
-    write_vae(folder)
-    tokens = np.load(CASE / "inputs.npz")["special_tokens"]
-    np.savez(folder / "special_tokens.npz", other_tokens=tokens)
-    return folder
+    return write_whole(CASE, tmp_path_factory.mktemp("magi") / "checkpoint", special=True)
 
 
 @pytest.fixture(scope="module")

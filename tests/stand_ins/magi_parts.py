@@ -2,15 +2,17 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import save_file
 from tiny_checkpoint import draw_weights
 from transformers import T5Config, T5EncoderModel
 
-from mc_export.magi_checkpoint import TEXT_ENCODER_FOLDER, VAE_FOLDER
+from mc_export.magi_checkpoint import SPECIAL_TOKENS_FILE, TEXT_ENCODER_FOLDER, VAE_FOLDER
 
 CORPUS = """a cat walks on the grass, realistic style
 the sea at dawn; waves roll in & out
@@ -111,4 +113,15 @@ def write_vae(checkpoint: Path, **sizes) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(draw_vae(config), folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def write_whole(case: Path, folder: Path, special: bool = False) -> Path:
+    """Copy a golden case and add every part that it lacks, or all but the special tokens."""
+    shutil.copytree(case, folder)
+    write_t5(folder)
+    write_vae(folder)
+    if special:
+        tokens = np.load(case / "inputs.npz")["special_tokens"]
+        np.savez(folder / SPECIAL_TOKENS_FILE, other_tokens=tokens)
     return folder
