@@ -5,11 +5,21 @@ and add what only the weights say; the runtime's families describe so the publis
 not here, for `mc-bench predict`.
 """
 
-__all__ = ["describe_magi", "describe_magi_schedule", "describe_skyreels"]
+__all__ = [
+    "MAGI_DURATIONS",
+    "MAGI_NULL_TOKENS",
+    "MAGI_SPECIAL_TOKENS",
+    "describe_magi",
+    "describe_magi_schedule",
+    "describe_skyreels",
+]
 
 from collections.abc import Mapping
 from typing import Any
 
+MAGI_NULL_TOKENS = 50  # of the null caption, that branches without a prompt attend to
+MAGI_SPECIAL_TOKENS = 20
+MAGI_DURATIONS = 8  # of them, each for another number of chunks left
 # By name in the manifest, the key of the official configuration.
 _MAGI_SCHEDULE = {
     "num_inference_steps": "num_steps",

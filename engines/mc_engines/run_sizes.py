@@ -5,14 +5,23 @@ Neighbours: `mc-export --dry-run` prints it for a checkpoint, `mc-bench predict`
 Symbols: L tokens of a chunk, S tokens of a window, T text tokens, C channels, H heads.
 """
 
-__all__ = ["TEXT_TOKENS", "Kept", "RunSizes", "WindowShape", "count_kept_chunks", "plan_run_sizes"]
+__all__ = [
+    "TEXT_TOKENS",
+    "Kept",
+    "RunSizes",
+    "WindowShape",
+    "count_kept_chunks",
+    "count_text_tokens",
+    "plan_run_sizes",
+]
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mc_engines.onnxruntime_runner import FUSED_ATTENTION_BYTES
 
-TEXT_TOKENS = 512
+TEXT_TOKENS = 512  # of a prompt, where neither transformer nor text encoder says it
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,19 @@ class RunSizes:
     pass_fused: int
     decode: int
     peak: int
+
+
+def count_text_tokens(config: Mapping[str, Any]) -> int:
+    """Count the tokens of the longest prompt that a transformer sees.
+
+    Args:
+        config: Of the bundle's manifest.
+
+    Returns:
+        T.
+    """
+    encoded = config.get("text_encoder", {}).get("max_tokens", TEXT_TOKENS)
+    return int(config["transformer"].get("max_text_tokens", encoded))
 
 
 def count_kept_chunks(

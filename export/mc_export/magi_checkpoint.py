@@ -8,7 +8,6 @@ Source: SandAI-org/MAGI-1 6ff822e, inference/common/config.py and inference/infr
 
 __all__ = [
     "ACCEPTED_LAYOUT",
-    "DURATIONS",
     "SPECIAL_TOKENS_FILE",
     "TEXT_ENCODER_FOLDER",
     "TILES_PER_SECOND",
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mc_engines.errors import CheckpointError
+from mc_engines.model_sizes import MAGI_SPECIAL_TOKENS
 from mc_engines.published import MAGI
 from mc_export.checkpoint import Checkpoint, Part, read_json
 from mc_export.t5_tokenizer import has_t5_tokenizer
@@ -46,8 +46,6 @@ VAE_FOLDER = "vae"
 CHUNK_FRAMES = 6
 SPATIAL_FACTOR = 8
 TILES_PER_SECOND = 2  # of video, that the original codes one after the other
-SPECIAL_TOKENS = 20
-DURATIONS = 8  # of them, each for another number of chunks left
 _MODEL_KEYS = next(iter(MAGI.values())).transformer.keys() - {"distill"}
 _RUNTIME_KEYS = (
     *("cfg_number", "cfg_t_range", "prev_chunk_scales", "text_scales"),
@@ -122,10 +120,10 @@ def load_special_tokens(file: Path, text_dim: int) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file}: expected an npz with other_tokens, got {error}. {_FROM_ASSETS}"
         ) from error
-    if tokens.shape != (SPECIAL_TOKENS, text_dim) or not np.isfinite(tokens).all():
+    if tokens.shape != (MAGI_SPECIAL_TOKENS, text_dim) or not np.isfinite(tokens).all():
         raise CheckpointError(
-            f"{file}: expected finite other_tokens of shape ({SPECIAL_TOKENS}, {text_dim}), got "
-            f"{tokens.shape}. {_FROM_ASSETS}"
+            f"{file}: expected finite other_tokens of shape ({MAGI_SPECIAL_TOKENS}, {text_dim}), "
+            f"got {tokens.shape}. {_FROM_ASSETS}"
         )
     return {"embedding": torch.from_numpy(tokens)}
 

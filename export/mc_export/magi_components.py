@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mc_engines.model_sizes import MAGI_NULL_TOKENS
 from mc_export.checkpoint import load_finite
 from mc_export.component import ComponentSource
 from mc_export.filling import (
@@ -34,7 +35,6 @@ from mc_export.magi import Block, Context, Embed, Head, Motion, TextProjection, 
 from mc_export.magi_config import MagiConfig
 from mc_export.tensor_source import TensorSource
 
-NULL_TOKENS = 50  # of the null caption, that the branches without a prompt attend to
 PROJECTION_SLICES = 8  # that the attentions are cut into, whatever the number of heads
 
 
@@ -52,7 +52,7 @@ def null_caption(config: Mapping[str, Any], tensors: TensorSource) -> Tensors:
         CheckpointError: A value is NaN or infinite.
     """
     rows = load_finite(tensors, "y_embedder.null_caption_embedding")
-    return {"embedding": rows[: min(NULL_TOKENS, config["caption_max_length"])]}
+    return {"embedding": rows[: min(MAGI_NULL_TOKENS, config["caption_max_length"])]}
 
 
 def transformer_components(

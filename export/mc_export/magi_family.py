@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from mc_engines.model_sizes import describe_magi_schedule
+from mc_engines.model_sizes import MAGI_DURATIONS, describe_magi_schedule
 from mc_export.checkpoint import Checkpoint, Part
 from mc_export.component import ComponentSource
 from mc_export.family import Family, Table, VideoSizes
 from mc_export.magi_checkpoint import (
     ACCEPTED_LAYOUT,
-    DURATIONS,
     SPECIAL_TOKENS_FILE,
     TEXT_ENCODER_FOLDER,
     TILES_PER_SECOND,
@@ -145,7 +144,7 @@ def _plan(checkpoint: Checkpoint, dtype: torch.dtype, model: str, video: VideoSi
         settings,
         height=height,
         width=width,
-        captions=DURATIONS if special.is_file() else 1,
+        captions=MAGI_DURATIONS if special.is_file() else 1,
     )
     sources = (source for _, source in _components(checkpoint))
     tables = {table.name: table.load() for table in _tables(checkpoint)}

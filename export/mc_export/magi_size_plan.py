@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from mc_engines.model_sizes import describe_magi, describe_magi_schedule
+from mc_engines.model_sizes import MAGI_NULL_TOKENS, describe_magi, describe_magi_schedule
 from mc_engines.run_sizes import Kept, WindowShape, count_kept_chunks
 from mc_export.magi_checkpoint import SPATIAL_FACTOR
-from mc_export.magi_components import NULL_TOKENS
 from mc_export.size_plan import ComponentSize, count_positions, plan_runs
 from mc_export.size_table import render_components, render_runs
 
@@ -59,21 +58,21 @@ def plan_magi(
         slots = (*slots, active)
     text = c["max_text_tokens"]
     return WindowShape(
-        c["layers"],
-        c["heads"],
-        c["dim"],
-        c["ffn_dim"],
-        tokens,
-        tokens * min(chunks, max(ranges, default=chunks)),
-        len(slots),
-        text,
-        c["key_heads"] * c["head_dim"],
-        c["heads"] * c["head_dim"],
+        layers=c["layers"],
+        heads=c["heads"],
+        dim=c["dim"],
+        ffn_dim=c["ffn_dim"],
+        chunk_tokens=tokens,
+        window_tokens=tokens * min(chunks, max(ranges, default=chunks)),
+        branches=len(slots),
+        text_tokens=text,
+        key_dim=c["key_heads"] * c["head_dim"],
+        query_dim=c["heads"] * c["head_dim"],
         queries=2,
         ffn_matrices=3 if c["gated_ffn"] else 2,
         kept=Kept(
             tuple(tokens * count for count in slots),
-            min(chunks, captions) * text + min(NULL_TOKENS, text),
+            min(chunks, captions) * text + min(MAGI_NULL_TOKENS, text),
             tokens * active,
             c["out_channels"] * c["patch_size"][1] * c["patch_size"][2],
         ),

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mc_engines.run_sizes import count_text_tokens
 from mc_engines.specs import TensorSpec, split_size
 
 Shape = tuple[int, ...]
-_TEXT_TOKENS = 512  # where neither transformer nor text encoder says it
 _WAN_FACTORS = {"spatial_factor": 8, "temporal_factor": 4}  # where a bundle has no VAE
 
 
@@ -100,7 +100,7 @@ def bound_symbols(config: Mapping[str, Any], limits: VideoLimits) -> dict[str, B
         )
     positions = math.prod(latents) // math.prod(patch)
     chunk, window = limits.chunk_frames * positions, frames * positions
-    text = _most_text_tokens(config)
+    text = count_text_tokens(config)
     return _bound_tiles(factors.get("tile", [])) | {
         "K": Bounds(1, chunk, chunk),
         "L": Bounds(1, chunk, chunk),
@@ -112,12 +112,6 @@ def bound_symbols(config: Mapping[str, Any], limits: VideoLimits) -> dict[str, B
         "h": Bounds(patch[0], latents[0], latents[0]),
         "w": Bounds(patch[1], latents[1], latents[1]),
     }
-
-
-def _most_text_tokens(config: Mapping[str, Any]) -> int:
-    """T of the longest prompt that the transformer takes."""
-    encoded = config.get("text_encoder", {}).get("max_tokens", _TEXT_TOKENS)
-    return int(config["transformer"].get("max_text_tokens", encoded))
 
 
 def _bound_tiles(tile: Sequence[int]) -> dict[str, Bounds]:

@@ -31,7 +31,7 @@ from mc_runtime.bench.memory_plan import (
     plan_memory,
     write_flag,
 )
-from mc_runtime.bench.predicted_model import PREDICT, Model
+from mc_runtime.bench.predicted_model import Model
 from mc_runtime.bench.reference import measure_rates
 from mc_runtime.bench.roofline import (
     EngineCosts,
@@ -50,7 +50,7 @@ MODEL_NOTE = (
     "bytes, whichever is longer; nothing overlaps, nothing waits, and a launch costs nothing, so "
     "small models look too fast. The time of text encoder, VAE, sampler and of copies is not in it."
 )
-ON_THIS_CPU = f"{PREDICT} --device {THIS_CPU}"
+ON_THIS_CPU = f"mc-bench predict --device {THIS_CPU}"
 # Settings of any family that decide when which chunk takes a step, and in which branches.
 _SCHEDULE = (
     *("num_frames", "num_inference_steps", "guidance_scale", "ar_step"),

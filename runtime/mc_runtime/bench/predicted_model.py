@@ -4,7 +4,7 @@ Neighbours: `predict` and `memory_plan` reckon with it; what differs between fam
 `Family` says, from the manifest's `config` or from what it would be.
 """
 
-__all__ = ["PREDICT", "Model", "describe_model"]
+__all__ = ["Model", "describe_model"]
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,6 @@ from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.run_plan import RunPlan
 from mc_runtime.schedule import LatentGrid
 
-PREDICT = "mc-bench predict"
 # Weights of the four engines of Wan's VAE: the sizes of engines in 16 bit, in README.md, by two.
 _WAN_WEIGHTS = 184_000_000
 _WAN_DECODER_WEIGHTS = 98_700_000  # of the decoder's two, in the files of an export
@@ -131,19 +130,19 @@ class Model:
             f.patch_out if self.family.keeps_velocity else 0,
         )
         return WindowShape(
-            f.layers,
-            self.config["transformer"]["heads"],
-            f.dim,
-            f.ffn_dim,
-            shape.tokens,
-            shape.tokens * int(sight.visible.max()),
-            shape.branches,
-            int(sight.text.max()),
-            f.key_width,
-            f.query_width,
-            2 if self.family.parallel_text else 1,
-            f.ffn_matrices,
-            kept,
+            layers=f.layers,
+            heads=self.config["transformer"]["heads"],
+            dim=f.dim,
+            ffn_dim=f.ffn_dim,
+            chunk_tokens=shape.tokens,
+            window_tokens=shape.tokens * int(sight.visible.max()),
+            branches=shape.branches,
+            text_tokens=int(sight.text.max()),
+            key_dim=f.key_width,
+            query_dim=f.query_width,
+            queries=2 if self.family.parallel_text else 1,
+            ffn_matrices=f.ffn_matrices,
+            kept=kept,
         )
 
 
@@ -158,8 +157,7 @@ def describe_model(name: str) -> Model:
 
     Raises:
         BundleError: The bundle is damaged.
-        ValueError: There is neither a folder nor a configuration of that name, or the bundle is of
-            a family that is not predicted yet.
+        ValueError: There is neither a folder nor a configuration of that name.
     """
     for family, models in PUBLISHED_BY_FAMILY.items():
         if name in models:
@@ -206,17 +204,9 @@ def _count_inside(transformer: Mapping[str, Any]) -> int:
 
 
 def _describe_bundle(name: str) -> Model:
-    """Read a bundle.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: It is of a family whose schedule and costs are not modelled.
-    """
+    """Read a bundle."""
     pipeline = VideoPipeline(Bundle.open(name))
     family, manifest = pipeline.family, pipeline.bundle.manifest
-    family.require(PREDICT)
     layer, vae = manifest.components.get("text_layer"), "vae" in manifest.config
     decoder = [name for name in manifest.components if vae and name.startswith("vae_decoder")]
     coders = [name for name in manifest.components if vae and name.startswith("vae_")]

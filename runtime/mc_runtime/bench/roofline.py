@@ -116,6 +116,12 @@ class EngineCosts:
         values = tokens * (4 * f.patch_out + f.dim * self.value_bytes)
         return Call(f.head(tokens), weights=weights, values=values)
 
+    def ends(self, chunk_tokens: int, tokens: int, partial_head: bool) -> list[Call]:
+        """What comes behind the blocks of a pass: the head, behind renewed residuals if kept."""
+        if partial_head:
+            return [self.head(tokens)] if tokens else []
+        return [self.combine(chunk_tokens, tokens), self.head(chunk_tokens)]
+
     def context(self, text: int) -> Call:
         """Projection of a prompt of T tokens, and its keys in one layer after the other."""
         f = self.flops
@@ -308,7 +314,7 @@ def predict_run(costs: EngineCosts, schedule: Schedule, limits: Limits) -> RunTi
         if tokens:
             parts.append(time(engines.block(tokens, seen * chunk_tokens, text), layers))
         if not clean:
-            parts += [time(call) for call in _end_pass(engines, schedule, tokens)]
+            parts += map(time, engines.ends(chunk_tokens, tokens, sight.partial_head))
         return _add(parts)
 
     def cost_row(row: int) -> _Timed:
@@ -332,14 +338,6 @@ def predict_run(costs: EngineCosts, schedule: Schedule, limits: Limits) -> RunTi
         schedule.first_chunk_row,
         sum((call for _, call in rows), prompt[1]),
     )
-
-
-def _end_pass(engines: EngineCosts, schedule: Schedule, tokens: int) -> list[Call]:
-    """What comes behind the blocks: the head, and where reuse keeps a residual its renewal."""
-    if schedule.sight.partial_head:
-        return [engines.head(tokens)] if tokens else []
-    length = schedule.chunk_tokens
-    return [engines.combine(length, tokens), engines.head(length)]
 
 
 _Timed = tuple[NDArray[np.float64], Call]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mc_engines.run_sizes import TEXT_TOKENS
+from mc_engines.run_sizes import count_text_tokens
 from mc_engines.runner import Array
 from mc_runtime.bench.backends import Backend
 from mc_runtime.bench.reference import time_kernel
@@ -166,7 +166,7 @@ def _transformer_cases(backend: Backend, options: Any, wanted: Sequence[str]) ->
     passes, plan = pipeline.passes, pipeline.plan(options)
     config, size = pipeline.bundle.manifest.config, backend.value_bytes
     costs = EngineCosts(ModelFlops.from_manifest(config["transformer"]), 0, size, size)
-    text_tokens = _most_text_tokens(config)
+    text_tokens = count_text_tokens(config)
     shape = 1, text_tokens, passes.config.text_dim
     embedding = np.random.default_rng(0).standard_normal(shape, np.float32)
     if {"block", _reused_by(pipeline.family)} & {*wanted}:
@@ -185,12 +185,6 @@ def _transformer_cases(backend: Backend, options: Any, wanted: Sequence[str]) ->
         )
 
 
-def _most_text_tokens(config: Mapping[str, Any]) -> int:
-    """T of the longest prompt that the transformer sees."""
-    most = config["transformer"].get("max_text_tokens")
-    return int(most or config.get("text_encoder", {}).get("max_tokens", TEXT_TOKENS))
-
-
 def _pass_cases(
     window: "_Window", backend: Backend, costs: EngineCosts, text_tokens: int
 ) -> Iterator[Case]:
@@ -202,9 +196,7 @@ def _pass_cases(
         if tokens:
             keys = len(place.seen) * length
             cost += engines.block(tokens, keys, text_tokens).times(engines.flops.layers)
-        if family.keeps_velocity:
-            return cost + engines.head(tokens) if tokens else cost
-        return cost + engines.combine(length, tokens) + engines.head(length)
+        return sum(engines.ends(length, tokens, family.keeps_velocity), cost)
 
     def case(name: str, place: Place, tokens: int) -> Case:
         rows = np.linspace(0, length - 1, tokens).round().astype(np.intp)

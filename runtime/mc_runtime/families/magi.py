@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mc_engines.building.bounds import Bounds, VideoLimits
+from mc_engines.model_sizes import MAGI_DURATIONS
 from mc_engines.run_sizes import Kept
 from mc_runtime.families.family import Place, Rehearsal
 from mc_runtime.families.magi_schedule import MagiOptions, MagiSchedule
@@ -43,7 +44,6 @@ from motioncache import Policy, RunShape
 
 _HIGH_QUALITY = 1  # row of the special tokens
 _DURATION = 6  # row before that of a single chunk left
-LONGEST = 8  # chunks left, that a token says
 Embedding = NDArray[np.float32]
 
 
@@ -156,7 +156,7 @@ def keep_on_device(config: Mapping[str, Any], symbols: Mapping[str, Bounds]) -> 
     tokens, slots, text = (symbols[name].most for name in ("L", "S", "T"))
     alone = min(slots, schedule.window_chunks * tokens)
     keys = tuple(alone if branch.alone else slots for branch in schedule.branches)
-    return Kept(keys, (LONGEST + 1) * text, 0)
+    return Kept(keys, (MAGI_DURATIONS + 1) * text, 0)
 
 
 def start(inputs: Inputs, plan: RunPlan, passes: Passes, policy: Policy) -> MagiRun:
@@ -225,7 +225,7 @@ def _list_places(schedule: MagiSchedule, plan: RunPlan) -> list[Place]:
 def _count_captions(plan: RunPlan, special: int) -> int:
     """How many captions a prompt becomes: one for every number of chunks left that a token says."""
     left = int(plan.shape.active.any(axis=0).sum())  # those of a prefix have the null caption
-    return min(left, LONGEST) if special else 1
+    return min(left, MAGI_DURATIONS) if special else 1
 
 
 def _caption(prompt: Embedding, special: Embedding, left: int, most: int) -> Embedding:

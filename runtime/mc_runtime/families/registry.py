@@ -2,6 +2,7 @@
 
 __all__ = ["FAMILIES"]
 
+from mc_engines.model_sizes import MAGI_NULL_TOKENS, MAGI_SPECIAL_TOKENS
 from mc_runtime import tiled_vae
 from mc_runtime.caption import clean_caption
 from mc_runtime.families import magi, magi_work, skyreels, skyreels_work
@@ -48,7 +49,7 @@ _MAGI = Family(
     savings=magi_work.list_savings,
     published=magi_work.describe_published,
     prompt_tokens=magi_work.count_prompt_tokens,
-    table_tokens=(50, 20),
+    table_tokens=(MAGI_NULL_TOKENS, MAGI_SPECIAL_TOKENS),
     parallel_text=True,
     keeps_velocity=True,
     tables=("null_text", "special_tokens"),
