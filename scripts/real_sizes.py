@@ -12,11 +12,15 @@ import argparse
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from peak_memory import PeakMemory
+
+if TYPE_CHECKING:
+    from mc_export.checkpoint import Checkpoint
 
 LATENT_HW = (544 // 8, 960 // 8)
 CHUNK_FRAMES = 5
@@ -38,7 +42,6 @@ def export(model: str, whole: bool, target: Path) -> None:
 
     from mc_engines.published import PUBLISHED, UMT5_XXL, WAN21_VAE
     from mc_export.checkpoint import Checkpoint, Part
-    from mc_export.export_bundle import export_bundle
     from mc_export.random_source import RandomSource
     from mc_export.skyreels_components import transformer_tensors
     from mc_export.t5 import text_encoder_tensors
@@ -53,10 +56,9 @@ def export(model: str, whole: bool, target: Path) -> None:
     text_encoder = part(dict(UMT5_XXL), text_encoder_tensors) if whole else None
     vae = part(dict(WAN21_VAE), vae_tensors) if whole else None
     checkpoint = Checkpoint(Path(model), transformer, text_encoder, vae, None, None)
-    with PeakMemory(INTERVAL) as memory:
-        rows = export_bundle(checkpoint, target, overwrite=True)
-    print(f"export {model}{' with umT5-xxl and the VAE' if whole else ', transformer'}: {memory}, ")
-    report_export(target, [row.share for row in rows])
+    measure_export(
+        f"{model}{' with umT5-xxl and the VAE' if whole else ', transformer'}", checkpoint, target
+    )
 
 
 def export_magi(layers: int, target: Path) -> None:
@@ -65,7 +67,6 @@ def export_magi(layers: int, target: Path) -> None:
 
     from mc_engines.published import MAGI
     from mc_export.checkpoint import Checkpoint, Part
-    from mc_export.export_bundle import export_bundle
     from mc_export.magi_config import transformer_tensors
     from mc_export.random_source import RandomSource
 
@@ -78,16 +79,18 @@ def export_magi(layers: int, target: Path) -> None:
     checkpoint = Checkpoint(
         Path("magi-24b"), Part(config, source), None, None, None, settings, family="magi"
     )
+    measure_export(f"magi-24b, {layers} of 48 layers", checkpoint, target)
+
+
+def measure_export(title: str, checkpoint: "Checkpoint", target: Path) -> None:
+    """Export, and print time, memory, bytes, and how much of their tolerance outputs used up."""
+    from mc_export.export_bundle import export_bundle
+
     with PeakMemory(INTERVAL) as memory:
         rows = export_bundle(checkpoint, target, overwrite=True)
-    print(f"export magi-24b, {layers} of 48 layers: {memory}, ")
-    report_export(target, [row.share for row in rows])
-
-
-def report_export(target: Path, shares: Sequence[float]) -> None:
-    """Print what was written, and how much of their tolerance the outputs used up."""
-    print(f"  {folder_bytes(target) / 1e9:.2f} GB written, {len(shares)} outputs within", end="")
-    print(f" {max(shares):.0%} of their tolerance", flush=True)
+    print(f"export {title}: {memory}, ")
+    print(f"  {folder_bytes(target) / 1e9:.2f} GB written, {len(rows)} outputs within", end="")
+    print(f" {max(row.share for row in rows):.0%} of their tolerance", flush=True)
 
 
 def run(bundle: Path) -> None:

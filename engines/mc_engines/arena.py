@@ -182,7 +182,7 @@ class Arena:
         fits = size <= self._next
         while self._next < size:
             self._next *= 2
-        piece = _Piece(self._regions, 0, max(size, self._next))
+        piece = _Piece(self._regions, 0, self._next)
         if fits:
             self._next = min(2 * self._next, _LARGEST_REGION)
         self._regions += 1

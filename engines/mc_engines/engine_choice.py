@@ -81,7 +81,7 @@ class Place:
         if self.backend == "tensorrt-rtx":  # TensorRT builds for the GPU that is there
             options["sm"] = self.capability
         options |= {
-            "dtype": usual_form(self.capability) if self._lacks_form else self.form,
+            "dtype": self.form if _has_form(self.capability, self.form) else "fp16",
             "height": self.limits.height,
             "width": self.limits.width,
             "max-frames": self.limits.max_frames,
@@ -95,10 +95,6 @@ class Place:
         unfused = ["--allow-unfused"] if self.form == "fp32" else []  # no library fuses it there
         return shlex.join(["mc-build", str(store.bundle.path), *words, *unfused])
 
-    @property
-    def _lacks_form(self) -> bool:
-        return self.form == "bf16" != usual_form(self.capability)
-
 
 def usual_form(capability: int) -> Precision:
     """Return the precision of engines on a GPU where none is asked for.
@@ -106,7 +102,11 @@ def usual_form(capability: int) -> Precision:
     Args:
         capability: Compute capability, as 86 for 8.6.
     """
-    return "bf16" if capability >= _FIRST_WITH_BF16 else "fp16"
+    return "bf16" if _has_form(capability, "bf16") else "fp16"
+
+
+def _has_form(capability: int, form: Precision) -> bool:
+    return form != "bf16" or capability >= _FIRST_WITH_BF16
 
 
 def check_form(form: Precision, capability: int) -> None:
@@ -119,7 +119,7 @@ def check_form(form: Precision, capability: int) -> None:
     Raises:
         ValueError: The GPU has no such type.
     """
-    if form == "bf16" != usual_form(capability):
+    if not _has_form(capability, form):
         raise ValueError(
             f"dtype: expected one that SM{capability} has, got bf16. Pass --dtype fp16 for it."
         )

@@ -81,6 +81,15 @@ def test_a_region_is_doubled_until_what_is_asked_for_fits() -> None:
     assert [size // MIB for size in arena.regions] == [4, 4, 16, 2048]
 
 
+def test_of_two_free_regions_of_a_size_the_newer_one_is_taken() -> None:
+    """It has the lower address. A piece of it that nothing has touched yet becomes resident."""
+    arena = Arena()
+    arena.run(tape_of(("a", 4 * MIB), ("b", 3 * MIB), ("a", None), ("b", None)))
+    assert [size // MIB for size in arena.regions] == [4, 4]
+    arena.run(tape_of(("c", 4 * MIB), ("c", None)))
+    assert arena.resident == (4 + 4) * MIB
+
+
 def test_a_buffer_goes_to_the_next_tensor_of_its_shape_alone() -> None:
     nodes = Nodes()
     nodes.add("a", "K C", 2)

@@ -178,7 +178,7 @@ def _list_entries(report: Mapping[str, Any]) -> dict[str, _Entry]:
     for part, name in _NAMES.items():
         kernels = [entry["reference_ms"] for entry in report[part]]
         by_round = kernel_by_round(kernels)
-        quiet = find_quiet_rounds(by_round)
+        quiet, busy = find_quiet_rounds(by_round), is_busy(by_round)
         for entry in report[part]:
             samples, kernel = entry["samples_ms"], entry["reference_ms"]
             timed = bool(kernel) and None not in kernel
@@ -187,7 +187,7 @@ def _list_entries(report: Mapping[str, Any]) -> dict[str, _Entry]:
                 [samples[number] for number in rounds] if timed else samples,
                 [by_round[number] for number in rounds] if timed else None,
                 float(np.median(samples)),
-                timed and is_busy(by_round),
+                timed and busy,
             )
     return entries
 
