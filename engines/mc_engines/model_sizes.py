@@ -12,10 +12,13 @@ __all__ = [
     "describe_magi",
     "describe_magi_schedule",
     "describe_skyreels",
+    "describe_video",
 ]
 
 from collections.abc import Mapping
 from typing import Any
+
+from mc_engines.published import Published
 
 MAGI_NULL_TOKENS = 50  # of the null caption, that branches without a prompt attend to
 MAGI_SPECIAL_TOKENS = 20
@@ -60,6 +63,19 @@ def describe_skyreels(config: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": list(config["patch_size"]),
         "fps_embedding": bool(config.get("inject_sample_info", False)),
     }
+
+
+def describe_video(published: Published) -> dict[str, Any]:
+    """Say what video a model of SkyReels-V2 is for.
+
+    Args:
+        published: The checkpoint.
+
+    Returns:
+        Fields of the manifest's `config.video`, which are options of a run.
+    """
+    size = {"height": published.height, "width": published.width}
+    return {**size, **(published.settings or {})}
 
 
 def describe_magi(config: Mapping[str, Any]) -> dict[str, Any]:

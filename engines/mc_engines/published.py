@@ -36,8 +36,9 @@ class Published:
         width: Pixels.
         base_num_frames: Pixel frames of one window.
         spatial_factor: Pixels per latent along each side.
-        settings: Of a run; None where the checkpoint has none. For MAGI-1 those of its
-            `runtime_config` and `engine_config` that decide what is computed.
+        settings: Of a run; None where the checkpoint has none. For SkyReels-V2 those that it wants
+            otherwise than the family; for MAGI-1 those of its `runtime_config` and `engine_config`
+            that decide what is computed.
         text_encoder: Configuration of the text encoder, transformers' keys; None where it is not
             known here.
         vae: Configuration of the autoencoder, diffusers' keys; None likewise.

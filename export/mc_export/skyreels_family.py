@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mc_engines.model_sizes import describe_video
 from mc_engines.published import FAMILY_DEFAULTS, PUBLISHED, WAN21_VAE
 from mc_export.checkpoint import ACCEPTED_FORMS, Checkpoint, Part, load_checkpoint
 from mc_export.component import ComponentSource
@@ -94,7 +95,7 @@ def _describe(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
     if checkpoint.vae is not None:
         config["vae"] = describe_vae(checkpoint.vae.config)
     if name is not None:
-        config["video"] = {"height": PUBLISHED[name].height, "width": PUBLISHED[name].width}
+        config["video"] = describe_video(PUBLISHED[name])
     return config
 
 

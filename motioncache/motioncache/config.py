@@ -157,11 +157,15 @@ class ThresholdConfig:
         threshold: Accumulated rescaled distance at which it computes again.
         coefficients: Of the polynomial p that rescales a distance, highest power first.
         warmup_steps: W; steps 0 to W are computed in full.
+        extrapolation: What a reused token goes by: its velocity, moved on by this share of the rate
+            at which it last changed; 0 keeps the velocity as it is. None keeps the residual of the
+            blocks, as published.
     """
 
     threshold: float
     coefficients: tuple[float, ...]
     warmup_steps: int = 4
+    extrapolation: float | None = None
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold)
@@ -172,6 +176,8 @@ class ThresholdConfig:
                 "Run mc-calibrate to fit them, or pass 1,0 for the distance itself."
             )
         check_number("warmup_steps", self.warmup_steps, whole=True)
+        if self.extrapolation is not None:
+            check_number("extrapolation", self.extrapolation)
 
     def check(self, shape: RunShape) -> None:
         """Refuse a run within which the warm-up does not end.

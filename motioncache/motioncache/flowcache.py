@@ -93,5 +93,6 @@ def build(config: FlowCacheConfig) -> Policy:
         partial(plan_step, config),
         check=config.check,
         clean_pass=switches(config.compat).clean_pass,
+        extrapolation=config.extrapolation,
         config=config,
     )

@@ -94,6 +94,11 @@ class MotionCacheConfig(ThresholdConfig):
                     "Use none to switch voting off."
                 )
         check_number("min_update_ratio", self.min_update_ratio, high=1)
+        if self.extrapolation is not None and not switches(self.compat).latent_motion:
+            raise ValueError(
+                "extrapolation: expected none where motion is that of the block output, which "
+                f"reused tokens then do not have, got {self.extrapolation:g}. Use compat=fixed."
+            )
         switches(self.compat)
 
 
@@ -243,5 +248,6 @@ def build(config: MotionCacheConfig) -> Policy:
         clean_pass=chosen.clean_pass,
         reset_history=chosen.reset_history,
         motion="latents" if chosen.latent_motion else "output",
+        extrapolation=config.extrapolation,
         config=config,
     )

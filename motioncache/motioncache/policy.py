@@ -124,6 +124,7 @@ class Policy:
         motion: What `observe` is told the motion of: the block output of the branch, relative to
             its size, or the clean latents that the step predicts with guidance, in absolute terms
             and the same for all branches.
+        extrapolation: See `config.ThresholdConfig`; None where the family's own way of reuse holds.
         switches: Where the family's way of computing follows the policy; None for the family's
             own way.
         config: What was bound; None for `none`.
@@ -141,6 +142,7 @@ class Policy:
     clean_pass: bool = True
     reset_history: bool = True
     motion: Literal["output", "latents"] = "output"
+    extrapolation: float | None = None
     switches: Any = None
     config: Any = None
     preset: str | None = None

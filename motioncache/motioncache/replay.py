@@ -41,6 +41,7 @@ def replay(trace: DecisionTrace) -> Policy:
         _plan_step,
         check=partial(_check, trace),
         clean_pass=bool(trace.run["clean_pass"]),
+        extrapolation=trace.run.get("extrapolation"),
         switches=None if switches is None else MagiSwitches(**switches),
     )
 

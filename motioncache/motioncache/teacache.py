@@ -85,5 +85,6 @@ def build(config: TeaCacheConfig) -> Policy:
         partial(plan_step, config),
         check=config.check,
         scope="window",
+        extrapolation=config.extrapolation,
         config=config,
     )

@@ -165,7 +165,7 @@ def _parse_policy_options(family: str, policy: str, pairs: Sequence[str]) -> dic
         )
     options = parse_options(POLICIES[family][policy].config_type, pairs)
     for field in list_required(policy, family):
-        if field in options:
+        if field in options and field != "coefficients":
             raise ValueError(
                 f"policy option {field}: expected none, as mc-calibrate finds it, got one. "
                 "Leave it out."

@@ -78,8 +78,8 @@ class Job:
 
     @property
     def rescales(self) -> bool:
-        """Whether the policy rescales distances by coefficients."""
-        return _FITTED in self._required
+        """Whether the policy rescales distances by coefficients that are to be found."""
+        return _FITTED in self._required and _FITTED not in self.policy_options
 
     @property
     def _required(self) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class Job:
         found: dict[str, Any] = dict.fromkeys(self._required, threshold)
         if self.rescales:
             found[_FITTED] = coefficients
-        options = {**self.policy_options, **found}
+        options = {**found, **self.policy_options}
         return make_policy(self.policy, options, self.pipeline.family.name)
 
 
@@ -129,7 +129,8 @@ def calibrate(job: Job) -> Calibration:
         references = [
             _run(job, run_uncached, runs, number, "search") for number in range(len(runs))
         ]
-        coefficients, fit = _AS_IT_IS, "distances not rescaled"
+        coefficients = _AS_IT_IS
+        fit = "coefficients given" if job.policy_options.get(_FITTED) else "distances not rescaled"
     best = _search(job, coefficients, references)
     return Calibration(job.make_policy(best.threshold, coefficients), best, fit)
 
@@ -189,7 +190,8 @@ def _fit(
     if min(fit.r_squared, unseen) < _LOW_R_SQUARED:
         job.say(
             "How far the timestep moves says little about how much this model's output changes: "
-            "the policy will hardly do better than reuse at fixed intervals."
+            "the policy will hardly do better than reuse at fixed intervals, which --policy-option "
+            "coefficients=0,1 makes of it."
         )
     text = f"degree {fit.degree}, R-squared {fit.r_squared:.4f}, on other prompts {unseen:.4f}"
     return references, fit.coefficients, text

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mc_engines.errors import EngineError
 from mc_engines.runner import Arrays
 from mc_engines.timed_runner import Clock
+from mc_runtime.passes import Passes, Values
 from mc_runtime.schedule import StepMatrix
 from motioncache import DecisionTrace, Mode, RunShape
 
@@ -109,12 +110,25 @@ class Window:
         self.trace.mode[self.row, branch, chunk] = mode
         self.trace.bucket[self.row, branch, chunk] = tokens
 
-    def refuse_nan(self, values: Arrays, chunk: int, step: int) -> None:
-        """Say in which component NaN or infinity came up first.
+    def refuse_nan(
+        self, passes: Passes, x: Values, out: Values, read: Arrays, chunk: int, step: int
+    ) -> None:
+        """Stop where a pass computed NaN or infinity, and say which component did first.
+
+        Args:
+            passes: Of the family.
+            x: The embedded chunk.
+            out: Block output.
+            read: What was made of it, by component; on the host, so that looking costs little.
+            chunk: Of the window.
+            step: From 0.
 
         Raises:
-            EngineError: Always.
+            EngineError: With the component.
         """
+        if all(np.isfinite(value).all() for value in read.values()):
+            return
+        values = {"embed": passes.to_host(x), "block": passes.to_host(out), **read}
         component = next(name for name, value in values.items() if not np.isfinite(value).all())
         raise EngineError(
             f"{component}: expected finite values, got NaN or infinity in chunk "

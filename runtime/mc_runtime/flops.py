@@ -213,7 +213,7 @@ class Sight:
 
     A pass sees its own chunk and all before it, and the text of its branch; a run where that is not
     so says it: `visible`, `clean_text_tokens`, and `encoded_tokens` where that is not one text for
-    each branch. `partial_head` says that reused tokens do not meet the head.
+    each branch. `partial_head` says that reused tokens do not meet the head, as does extrapolation.
 
     Attributes:
         visible: Chunks whose keys each pass sees, its own included; shape (rows, branches, chunks).
@@ -244,7 +244,7 @@ class Sight:
             np.broadcast_to(run.get("visible") or chunks, mode.shape),
             np.where(mode == Mode.CLEAN, run.get("clean_text_tokens") or text, text),
             tuple(run.get("encoded_tokens") or run["text_tokens"]),
-            bool(run.get("partial_head")),
+            bool(run.get("partial_head")) or run.get("extrapolation") is not None,
         )
 
 

@@ -134,6 +134,7 @@ def _describe(inputs: Inputs, plan: RunPlan, policy: Policy) -> dict[str, Any]:
             "config": None if policy.config is None else asdict(policy.config),
         },
         "clean_pass": policy.clean_pass,
+        "extrapolation": policy.extrapolation,
         "switches": None if policy.switches is None else asdict(policy.switches),
         "bundle": inputs.bundle,
         "grid": list(plan.token_grid),

@@ -56,6 +56,11 @@ class Reading:
     motion: NDArray[np.float32] | None = None
     last_frame: Values = None
 
+    @property
+    def by_component(self) -> Arrays:
+        """What reached the host, under the name of what computed it."""
+        return {"head": self.patches} | ({} if self.motion is None else {"motion": self.motion})
+
 
 class Passes(Protocol):
     """A transformer as the loop sees it; shared by every generation, never changed by one.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mc_runtime.families import skyreels
+from mc_runtime.flops import ModelFlops, count_work
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.sampler import sampler_step, sampler_table
@@ -24,7 +25,12 @@ SETTINGS = {
     | {"warmup_steps": 1, "coarse_updates": 1, "vote_threshold": None, "min_update_ratio": 0.0}
     | {"weight_floor": 0.5},
 }
+SETTINGS["motioncache extrapolating"] = SETTINGS["motioncache"] | {"extrapolation": 0.5}
 POLICIES = list(SETTINGS)
+
+
+def make(name, **changes):
+    return make_policy(name.partition(" ")[0], SETTINGS[name] | changes)
 
 
 def generate(pipeline, policy, options=OPTIONS, prompt="a red circle"):
@@ -38,24 +44,24 @@ def uncached(tiny):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_threshold_of_zero_is_the_uncached_run(tiny, uncached, name):
-    video = generate(tiny, make_policy(name, SETTINGS[name] | {"threshold": 0.0}))
+    video = generate(tiny, make(name, threshold=0.0))
     np.testing.assert_array_equal(video.latents, uncached.latents)
     assert video.trace.reused() == 0
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_reuse_changes_what_comes_out_and_what_is_computed(tiny, uncached, name):
-    video = generate(tiny, make_policy(name, SETTINGS[name]))
+    video = generate(tiny, make(name))
     assert 0.1 < video.trace.reused() < 0.9
     assert 1e-4 < np.abs(video.latents - uncached.latents).max() < 3
     modes = set(np.unique(video.trace.mode))
     assert {Mode.REUSE, Mode.FULL, Mode.CLEAN} <= modes
-    assert (Mode.PARTIAL in modes) == (name == "motioncache")
+    assert (Mode.PARTIAL in modes) == name.startswith("motioncache")
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_replay_equals_the_recorded_run(tiny, tmp_path, name):
-    recorded = generate(tiny, make_policy(name, SETTINGS[name]))
+    recorded = generate(tiny, make(name))
     recorded.trace.save(tmp_path / "trace")
     again = generate(tiny, DecisionTrace.load(tmp_path / "trace"))
     np.testing.assert_array_equal(again.latents, recorded.latents)
@@ -65,7 +71,7 @@ def test_a_replay_equals_the_recorded_run(tiny, tmp_path, name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_two_generations_at_once_equal_each_alone(tiny, name):
-    policy = make_policy(name, SETTINGS[name])
+    policy = make(name)
     prompts = "a red circle", "a blue square races"
     alone = [generate(tiny, policy, prompt=prompt) for prompt in prompts]
     with ThreadPoolExecutor(2) as pool:
@@ -107,25 +113,34 @@ def test_padding_up_to_buckets_changes_nothing_but_the_number_of_rows(tiny):
     assert (again.trace.bucket[partial] > asked[partial]).any()
 
 
-def test_an_all_reuse_step_runs_no_block_and_a_partial_one_only_its_rows(tiny):
-    calls = []
+@pytest.mark.parametrize("name", ["motioncache", "motioncache extrapolating"])
+def test_an_all_reuse_step_runs_no_block_and_a_partial_one_only_its_rows(tiny, name):
+    """Nor does the head run for others where velocities are kept; and so it is counted."""
+    calls = {"block": [], "head": []}
 
     class Counting:
-        def __init__(self, runner):
-            self.runner, self.graph = runner, runner.graph
+        def __init__(self, component, rows):
+            self.runner = tiny.transformer.runners[component]
+            self.graph, self.calls, self.rows = self.runner.graph, calls[component], rows
 
         def run(self, inputs, weights=None):
-            calls.append(inputs["x"].shape[1])
+            self.calls.append(inputs[self.rows].shape[1])
             return self.runner.run(inputs, weights)
 
     other = VideoPipeline(tiny.bundle, threads=1)
-    block = Counting(tiny.transformer.runners["block"])
-    runners = {**tiny.transformer.runners, "block": block}
+    counting = {"block": Counting("block", "x"), "head": Counting("head", "out")}
+    runners = {**tiny.transformer.runners, **counting}
     other.transformer = replace(tiny.transformer, runners=runners)
-    trace = generate(other, make_policy("motioncache", SETTINGS["motioncache"])).trace
+    trace = generate(other, make(name)).trace
     layers = tiny.transformer.config.layers
-    assert sorted(calls) == sorted(layers * [n for n in trace.bucket.ravel().tolist() if n])
+    assert sorted(calls["block"]) == sorted(
+        layers * [n for n in trace.bucket.ravel().tolist() if n]
+    )
     assert (trace.mode == Mode.REUSE).any()
+    flops = ModelFlops.from_manifest(tiny.bundle.manifest.config["transformer"])
+    assert count_work(flops, trace, padded=True).head == flops.head(sum(calls["head"]))
+    steps = ((trace.mode != Mode.IDLE) & (trace.mode != Mode.CLEAN)).sum()
+    assert (len(calls["head"]) == steps) == (name == "motioncache")
 
 
 # The switches that the loop follows.

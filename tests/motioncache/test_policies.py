@@ -312,6 +312,15 @@ def test_teacache_decides_for_a_window():
             "min_update_ratio: expected a finite number, got -1. Use 0 to 1.",
         ),
         (
+            {"extrapolation": -0.5},
+            "extrapolation: expected a finite number, got -0.5. Use 0 or more.",
+        ),
+        (
+            {"extrapolation": 1.0, "compat": "reference"},
+            "extrapolation: expected none where motion is that of the block output, which reused "
+            "tokens then do not have, got 1. Use compat=fixed.",
+        ),
+        (
             {"compat": "exact"},
             "compat: expected fixed or reference, got 'exact'. fixed mends what reference keeps as "
             "published.",

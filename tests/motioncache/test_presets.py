@@ -162,12 +162,12 @@ def test_a_policy_that_cannot_be_made_is_refused(given, message):
         (
             "treshold=1",
             "policy option: expected FIELD=VALUE with a field of threshold, coefficients, "
-            "warmup_steps, compat, got 'treshold=1'. Write it like threshold=0.1.",
+            "warmup_steps, extrapolation, compat, got 'treshold=1'. Write it like threshold=0.1.",
         ),
         (
             "threshold",
             "policy option: expected FIELD=VALUE with a field of threshold, coefficients, "
-            "warmup_steps, compat, got 'threshold'. Write it like threshold=0.1.",
+            "warmup_steps, extrapolation, compat, got 'threshold'. Write it like threshold=0.1.",
         ),
         (
             "warmup_steps=2.5",

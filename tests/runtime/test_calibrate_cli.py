@@ -149,6 +149,29 @@ def test_the_search_uses_other_prompts_and_seeds_than_the_fit(bundle, monkeypatc
     np.testing.assert_array_equal(measured[0].change, np.concatenate(changes))
 
 
+def test_given_coefficients_are_kept_and_every_prompt_serves_the_search(
+    bundle, two_prompts, monkeypatch
+):
+    """With 0,1 every step counts 1: a chunk is computed in each threshold-th step."""
+    monkeypatch.setattr(calibration_job, "record_changes", None)
+    measure, searched = calibration_job.measure_trial, []
+
+    def note_measure(pipeline, policy, references, callback):
+        searched.append(len(references))
+        return measure(pipeline, policy, references, callback)
+
+    monkeypatch.setattr(calibration_job, "measure_trial", note_measure)
+    chosen = "--policy-option", "coefficients=0,1", "--policy-option", "extrapolation=1"
+    result = calibrate(bundle, *QUICK, *chosen, "--prompts", two_prompts, "--target-speedup", 1.3)
+    assert "Fit" not in result.stdout and set(searched) == {2}
+    preset = Bundle.open(bundle).manifest.presets["flowcache:calibrated"]
+    assert preset["options"]["coefficients"] == [0.0, 1.0]
+    assert preset["source"].endswith("coefficients given") and "for the fit" not in preset["source"]
+    policy = VideoPipeline.from_bundle(bundle, threads=1).find_policy("flowcache")
+    assert policy.config.threshold == preset["options"]["threshold"]
+    assert policy.extrapolation == preset["options"]["extrapolation"] == pytest.approx(1)
+
+
 def test_without_a_vae_a_speedup_is_reached_and_a_psnr_refused(bundle, two_prompts):
     remove_vae(bundle)
     refused(
@@ -183,7 +206,10 @@ def test_a_poor_fit_is_told_and_quiet_tells_nothing(bundle, two_prompts, monkeyp
     monkeypatch.setattr(calibration_job, "measure_r_squared", lambda *_: 0.49)
     arguments = (*QUICK, "--prompts", two_prompts, "--target-psnr", 1)
     result = calibrate(bundle, *arguments)
-    assert "the policy will hardly do better than reuse at fixed intervals." in result.stderr
+    assert (
+        "hardly do better than reuse at fixed intervals, which --policy-option coefficients=0,1"
+        in result.stderr
+    )
     assert "0.490 on 1 others." in result.stdout
     assert calibrate(bundle, *arguments, "--quiet", "--overwrite").stderr == ""
 

@@ -57,6 +57,7 @@ POLICIES: dict[str, Callable[[], Policy | str]] = {
     "motion of block output": lambda: make_policy(
         "motioncache", RULE | {"compat": replace(FIXED, latent_motion=False)}
     ),
+    "extrapolation": lambda: make_policy("motioncache", RULE | {"extrapolation": 0.5}),
 }
 
 

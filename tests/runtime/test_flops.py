@@ -229,7 +229,7 @@ def test_a_loop_over_the_schedule(ar_step, base, prefix, text):
     assert counted == loop(options, text, prefix)
 
 
-def random_trace(seed, branches):
+def random_trace(seed, branches, extrapolation=None):
     """Any modes; the branches agree on whether a chunk takes a step."""
     draw = np.random.default_rng(seed)
     mode = draw.integers(0, 3, (7, branches, 3))
@@ -237,7 +237,8 @@ def random_trace(seed, branches):
     mode = np.select([shared == 0, shared == 1], [Mode.IDLE, Mode.CLEAN], mode)
     active = (mode[:, 0] != Mode.IDLE) & (mode[:, 0] != Mode.CLEAN)
     shape = RunShape(active, (0, 4), branches, 2, 6, 4)
-    trace = DecisionTrace.empty(shape, {"text_tokens": [9, 4][:branches]})
+    described = {"text_tokens": [9, 4][:branches], "extrapolation": extrapolation}
+    trace = DecisionTrace.empty(shape, described)
     trace.mode[:] = mode
     trace.recompute[mode == Mode.REUSE] = 0
     trace.recompute[mode == Mode.FULL] = 1
@@ -250,9 +251,14 @@ def random_trace(seed, branches):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), branches=st.integers(1, 2), padded=st.booleans())
-def test_a_loop_over_a_trace(seed, branches, padded):
-    trace, text = random_trace(seed, branches), [9, 4][:branches]
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    branches=st.integers(1, 2),
+    padded=st.booleans(),
+    extrapolation=st.sampled_from([None, 0.0, 1.0]),
+)
+def test_a_loop_over_a_trace(seed, branches, padded, extrapolation):
+    trace, text = random_trace(seed, branches, extrapolation), [9, 4][:branches]
     expected = dict(
         embed=0,
         text_projection=sum(map(TINY.text_projection, text)),
@@ -270,7 +276,8 @@ def test_a_loop_over_a_trace(seed, branches, padded):
             tokens = next(bucket for bucket in (4, 8, 12) if bucket >= ones) if padded else ones
         expected["blocks"] += TINY.blocks(tokens, 12 * (chunk + 1), text[branch])
         expected["embed"] += TINY.embed(12) if branch == 0 else 0
-        expected["head"] += TINY.head(12) if mode is not Mode.CLEAN else 0
+        headed = 12 if extrapolation is None else tokens
+        expected["head"] += TINY.head(headed) if mode is not Mode.CLEAN else 0
     assert asdict(count_work(TINY, trace, padded=padded)) == expected
 
 

@@ -100,12 +100,8 @@ def run(
     """Compare cache policies on BUNDLE: time, FLOPs and fidelity, on the same noise and prompts.
 
     With --engines or --generation: time, memory and steadiness of engines and whole videos.
-
-    Raises:
-        UsageError: Flags that do not go together.
     """
-    if (values["baseline"] is None) != (values["checkpoint"] is None):
-        raise click.UsageError("--baseline and --checkpoint need each other. Give both or neither.")
+    _check_baseline(values)
     source = click.get_current_context().get_parameter_source
     given = {name for name in values if source(name) is ParameterSource.COMMANDLINE}
     check_latency_flags(values, given)
@@ -148,6 +144,11 @@ def _time(bundle: Path, values: dict[str, Any], given: Collection[str], quiet: b
 main.add_command(run)
 main.add_command(compare_command)
 main.add_command(predict_command)
+
+
+def _check_baseline(values: dict[str, Any]) -> None:
+    if (values["baseline"] is None) != (values["checkpoint"] is None):
+        raise click.UsageError("--baseline and --checkpoint need each other. Give both or neither.")
 
 
 def _check_outputs(

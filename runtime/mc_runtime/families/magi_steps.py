@@ -313,9 +313,7 @@ class MagiSteps:
         if step == _CLEAN:
             return np.zeros((0, 1), np.float32)
         patches = passes.read(out, np.zeros((1, 0), np.float32)).patches[0, : len(rows)]
-        if not np.isfinite(patches).all():
-            values = {"embed": passes.to_host(x), "block": passes.to_host(out), "head": patches}
-            self.window.refuse_nan(values, chunk, step)
+        self.window.refuse_nan(passes, x, out, {"head": patches}, chunk, step)
         return patches
 
     def _move(self, chunk: int, velocity: Rows, rows: NDArray[np.intp], step: int) -> None:

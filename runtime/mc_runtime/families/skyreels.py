@@ -1,8 +1,9 @@
 """SkyReels-V2 and other chunk-causal Wan models: two branches, UniPC, residuals of the blocks.
 
 Neighbours: `mc_runtime.generation` starts a run of this family, `denoise_window` asks for its
-steps. A reused token keeps the residual of the block stack, branch by branch; the distance of a
-step is that of the modulation, known before the run.
+steps. A reused token keeps the residual of the block stack, branch by branch, or goes by its
+velocities where the policy extrapolates; the distance of a step is that of the modulation, known
+before the run.
 
 A finished chunk's clean pass at timestep 0 equals evaluating it again in every later row, as
 diffusers does, because nothing that it sees changes any more.
@@ -54,6 +55,7 @@ from mc_runtime.sampler import (
 from mc_runtime.schedule import LatentGrid, validate_options
 from mc_runtime.schedule import Window as WindowPlan
 from mc_runtime.transformer import Conditions
+from mc_runtime.velocity_trend import VelocityTrend, renew_trend
 from motioncache import DistanceTable, Mode, Plan, Policy
 
 CLEAN_TIMESTEP = 0
@@ -63,8 +65,7 @@ Latents = NDArray[np.float32]
 
 def default_options(config: Mapping[str, Any]) -> GenerationOptions:
     """Take the defaults of a model; see `Family.defaults`."""
-    video = config.get("video", {})
-    return GenerationOptions(**{name: video[name] for name in ("height", "width") if video})
+    return GenerationOptions(**config.get("video", {}))
 
 
 def read_grid(config: Mapping[str, Any]) -> LatentGrid:
@@ -232,12 +233,14 @@ class _Branch:
         memory: Keys, values and residuals, where the engines run.
         decisions: What the policy makes of it.
         last_frames: The run's history of this branch.
+        trends: By chunk, where the policy extrapolates velocities.
     """
 
     number: int
     memory: Any
     decisions: Decisions
     last_frames: dict[int, Values]
+    trends: dict[int, VelocityTrend] = field(default_factory=dict)
 
 
 @dataclass
@@ -325,12 +328,27 @@ class SkyreelsSteps:
         return self.passes.bucket(tokens, self.window.shape.tokens)
 
     def _velocity(self, branch: _Branch, chunk: int, x: Values, plan: Plan, step: int) -> Latents:
-        """The model's velocity: reused tokens keep their residual, others are computed."""
-        run, window, passes = self.run, self.window, self.passes
+        """The model's velocity: of some tokens computed, of the others as the policy reuses it."""
+        window, config = self.window, self.passes.config
         rows = np.flatnonzero(plan.recompute)
         mode = Mode.of(len(rows), window.shape.tokens)
         window.write_pass(branch.number, chunk, mode, self._padded(len(rows)))
-        row = slice(step, step + 1)
+        share = self.run.policy.extrapolation
+        if share is None:
+            patches = self._keep_residuals(branch, chunk, x, plan, step)
+        else:
+            if len(rows):
+                self._renew_trend(branch, chunk, x, rows, step)
+            patches = branch.trends[chunk].at(step, share)
+        shape = (config.out_channels, window.shape.frames, *window.latents.shape[2:])
+        return unpatchify(patches, config.patch_size, shape)
+
+    def _keep_residuals(
+        self, branch: _Branch, chunk: int, x: Values, plan: Plan, step: int
+    ) -> NDArray[np.float32]:
+        """Velocity of every token, reused ones by their residual; show the policy its motion."""
+        run, window, passes = self.run, self.window, self.passes
+        rows, row = np.flatnonzero(plan.recompute), slice(step, step + 1)
         out = passes.evaluate(branch.memory, chunk, x, rows, run.conditions.modulation[row])
         observed = plan.wants_motion and run.policy.motion == "output"
         reading = passes.read(
@@ -339,18 +357,23 @@ class SkyreelsSteps:
             window.shape.frames if observed else 0,
             branch.last_frames.get(chunk - 1) if observed else None,
         )
-        read = {"head": reading.patches}
-        if reading.motion is not None:
-            read["motion"] = reading.motion
-        if not all(np.isfinite(value).all() for value in read.values()):
-            values = {"embed": x, "block": out}
-            on_host = {name: passes.to_host(value) for name, value in values.items()}
-            window.refuse_nan({**on_host, **read}, chunk, step)
+        window.refuse_nan(passes, x, out, reading.by_component, chunk, step)
         if reading.motion is not None:
             branch.last_frames[chunk] = reading.last_frame
             branch.decisions.observe(window.row, chunk, reading.motion)
-        shape = (passes.config.out_channels, window.shape.frames, *window.latents.shape[2:])
-        return unpatchify(reading.patches, passes.config.patch_size, shape)
+        return reading.patches
+
+    def _renew_trend(
+        self, branch: _Branch, chunk: int, x: Values, rows: NDArray[np.intp], step: int
+    ) -> None:
+        """Compute some tokens, at first all, and remember their velocity."""
+        run, passes, row = self.run, self.passes, slice(step, step + 1)
+        modulation, head = run.conditions.modulation[row], run.conditions.head_modulation[row]
+        out = passes.recompute(branch.memory, chunk, x, rows, modulation)
+        reading = passes.read(out, head)
+        self.window.refuse_nan(passes, x, out, reading.by_component, chunk, step)
+        fresh = reading.patches[0, : len(rows)]
+        branch.trends[chunk] = renew_trend(branch.trends.get(chunk), rows, fresh, step)
 
     def _observe_latents(
         self, chunk: int, velocity: Latents, plans: Sequence[Plan], step: int

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mc_engines.model_sizes import describe_skyreels
+from mc_engines.model_sizes import describe_skyreels, describe_video
 from mc_engines.published import Published
 from mc_engines.run_sizes import TEXT_TOKENS
 from mc_runtime.families.family import Saving
@@ -32,7 +32,7 @@ def describe_published(published: Published) -> dict[str, Any]:
     """Describe a published model as its manifest would; see `Family.published`."""
     return {
         "transformer": describe_skyreels(published.transformer),
-        "video": {"height": published.height, "width": published.width},
+        "video": describe_video(published),
         "vae": {
             "temporal_factor": WAN_GRID.temporal_factor,
             "spatial_factor": published.spatial_factor,
