@@ -73,7 +73,8 @@ _STAGES = (
     Stage(6_100, ((16, 5), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25))),
     Stage(8_300, ((80, 1), (16, 5), (8, 10), (16, 5), (16, 5), (3, 25)), learn_objects=True),
     # What stands still has to stay so from chunk to chunk: pairs and windows count all alike.
-    Stage(float("inf"), ((16, 5), (8, 10), (3, 25), (8, 10)), learn_objects=True),
+    Stage(9_900, ((16, 5), (8, 10), (3, 25), (8, 10)), learn_objects=True),
+    Stage(float("inf"), ((8, 10), (3, 25), (8, 10), (3, 25), (16, 5)), learn_objects=True),
 )
 _SAVE_EVERY = 180  # seconds
 _TOKEN = 8  # pixels of a token, both ways
@@ -121,7 +122,7 @@ class Mini(nn.Module):
         half = copy.deepcopy(self).half()
         half.transformer.save_pretrained(MODEL / "transformer")
         half.text_encoder.save_pretrained(MODEL / "text_encoder")
-        self.tokenizer.save_pretrained(MODEL / "tokenizer")
+        build_tokenizer().save_pretrained(MODEL / "tokenizer")  # calls leave their padding in one
         _name_class(MODEL / "tokenizer" / "tokenizer_config.json")
         build_scheduler().save_pretrained(MODEL / "scheduler")
         (MODEL / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
