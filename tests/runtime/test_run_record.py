@@ -42,7 +42,7 @@ def test_a_record_gives_back_what_was_set(saved, tmp_path):
     assert read_options(saved, bundle(tmp_path / "elsewhere"), GenerationOptions()) == {
         **vars(OPTIONS), **TEXTS, "latents": tmp_path / "noise.npz", "threads": 2,
         "policy": "flowcache", "policy_option": ("threshold=0.1", "coefficients=1.0,0.0",
-        "warmup_steps=4", "compat=fixed"), "preset": None,
+        "warmup_steps=4", "extrapolation=none", "compat=fixed"), "preset": None,
         "backend": "tensorrt-rtx", "dtype": "fp16", "engines": Path("/e"), "ran_on": RAN_ON,
     }  # fmt: skip
 
