@@ -71,9 +71,9 @@ class Plan:
     """What to do in one step of a scope.
 
     Attributes:
-        recompute: True where the blocks run for the token; False where its residual is reused.
-            Shape (L,), bool. A chunk's first step is computed whatever the plan says: it has no
-            residual.
+        recompute: True where the blocks run for the token; False where what they gave is reused.
+            Shape (L,), bool. A chunk's first step is computed whatever the plan says: nothing of it
+            is there to reuse.
         distance: Rescaled distance of the step, NaN where none was used.
         accumulated: What was compared with the threshold; shape (L,), or () where it is the same
             for all tokens. NaN where none was.

@@ -52,8 +52,8 @@ class DecisionTrace:
     largest window; L tokens of a chunk.
 
     Attributes:
-        recompute: 1 where the blocks ran for the token, 0 where its residual was reused, -1 where
-            the chunk took no step in the row; shape (rows, branches, chunks, L), int8.
+        recompute: 1 where the blocks ran for the token, 0 where it was reused, -1 where the chunk
+            took no step in the row; shape (rows, branches, chunks, L), int8.
         mode: A `Mode`; CLEAN is the clean pass of a finished chunk or of the prefix, in the row
             before which it ran; shape (rows, branches, chunks), int8.
         bucket: Tokens that went through the blocks, padding included; like mode, int32.

@@ -25,7 +25,7 @@ from mc_engines.command import command
 from mc_engines.errors import BundleError, require
 from mc_engines.manifest import Manifest
 from mc_runtime.calibration import MIN_STEPS
-from mc_runtime.calibration_job import Calibration, Job, calibrate
+from mc_runtime.calibration_job import FITTED, Calibration, Job, calibrate
 from mc_runtime.flags import INPUT, choose_options, make_say, setting_options
 from mc_runtime.pipeline import VideoPipeline
 from mc_runtime.prompts import read_prompts
@@ -96,10 +96,10 @@ def main(
     """Find the settings of a cache policy for BUNDLE by running it, and store them as a preset.
 
     Every prompt is generated once without a cache: half of them to fit how much the model's output
-    changes from step to step, half to try up to ten thresholds on. (MAGI-1 has no fit: all are
-    for the thresholds.) Choose a small --height, --width and --num-frames: at the size of a
-    published model a CPU would take days. Keep the --num-inference-steps of the runs that the
-    preset is for.
+    changes from step to step, half to try up to ten thresholds on. (Of MAGI-1, and with
+    --policy-option coefficients=..., all are for the thresholds.) Choose a small --height, --width
+    and --num-frames: at the size of a published model a CPU would take days. Keep the
+    --num-inference-steps of the runs that the preset is for.
     """
     target = _choose_target(target_psnr, target_speedup)
     texts = PROMPTS if prompts is None else read_prompts(prompts, least=2)
@@ -156,7 +156,7 @@ def _check_preset(pipeline: VideoPipeline, policy: str, name: str, overwrite: bo
 
 
 def _parse_policy_options(family: str, policy: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Refuse a policy that the family lacks, and settings that are to be found."""
+    """Refuse a policy that the family lacks, and thresholds, which are to be found."""
     known = [name for name in POLICIES[family] if name != "none"]
     if policy not in known:
         raise ValueError(
@@ -165,7 +165,7 @@ def _parse_policy_options(family: str, policy: str, pairs: Sequence[str]) -> dic
         )
     options = parse_options(POLICIES[family][policy].config_type, pairs)
     for field in list_required(policy, family):
-        if field in options and field != "coefficients":
+        if field in options and field != FITTED:
             raise ValueError(
                 f"policy option {field}: expected none, as mc-calibrate finds it, got one. "
                 "Leave it out."

@@ -1,16 +1,16 @@
 """Finding the settings of a cache policy that it has no default for, on uncached runs of a bundle.
 
 These are the coefficients, where the rule rescales distances, by a fit on every other run, and each
-threshold, by a search on the rest. The rules of MAGI-1 take distances as they are: nothing is
-fitted, and all runs are for the search. A rule with two thresholds gets the same number for both,
-as published: in its coarse phase it then computes a chunk where in its fine phase it would compute
-the tokens that move most.
+threshold, by a search on the rest. Where coefficients are given, and by the rules of MAGI-1, which
+take distances as they are, nothing is fitted, and all runs are for the search. A rule with two
+thresholds gets the same number for both, as published: in its coarse phase it then computes a chunk
+where in its fine phase it would compute the tokens that move most.
 
 Neighbours: `calibration` measures and fits, `threshold_search` searches; `mc-calibrate` makes a
 preset of what was found.
 """
 
-__all__ = ["Calibration", "Job", "calibrate"]
+__all__ = ["FITTED", "Calibration", "Job", "calibrate"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ from mc_runtime.threshold_search import Target, Trial, measure_trial, search_thr
 from motioncache import Policy, make_policy
 from motioncache.presets import list_required
 
-_FITTED = "coefficients"
+FITTED = "coefficients"
 _AS_IT_IS = (1.0, 0.0)  # coefficients that change nothing
 _LOW_R_SQUARED = 0.5
 _Made = TypeVar("_Made")  # by a run: a reference, with samples or without
@@ -52,7 +52,7 @@ class Job:
         options: Of the runs, with the seed of the first.
         decode: Whether frames are compared.
         policy: Its name.
-        policy_options: Settings that are not to be found.
+        policy_options: Settings that are not to be found; coefficients may be among them.
         target: Of the search.
         key: Of the preset.
         quiet: Whether no progress is shown.
@@ -79,7 +79,7 @@ class Job:
     @property
     def rescales(self) -> bool:
         """Whether the policy rescales distances by coefficients that are to be found."""
-        return _FITTED in self._required and _FITTED not in self.policy_options
+        return FITTED in self._required and FITTED not in self.policy_options
 
     @property
     def _required(self) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ class Job:
         """Bind a threshold, and coefficients where the policy has them."""
         found: dict[str, Any] = dict.fromkeys(self._required, threshold)
         if self.rescales:
-            found[_FITTED] = coefficients
+            found[FITTED] = coefficients
         options = {**found, **self.policy_options}
         return make_policy(self.policy, options, self.pipeline.family.name)
 
@@ -130,7 +130,7 @@ def calibrate(job: Job) -> Calibration:
             _run(job, run_uncached, runs, number, "search") for number in range(len(runs))
         ]
         coefficients = _AS_IT_IS
-        fit = "coefficients given" if job.policy_options.get(_FITTED) else "distances not rescaled"
+        fit = "coefficients given" if job.policy_options.get(FITTED) else "distances not rescaled"
     best = _search(job, coefficients, references)
     return Calibration(job.make_policy(best.threshold, coefficients), best, fit)
 

@@ -58,7 +58,7 @@ class Decisions:
             measured: The distance of the step, where there is no table.
 
         Returns:
-            The plan. A chunk's first step is computed in full: it has no residual.
+            The plan. A chunk's first step is computed in full: nothing is there to reuse.
         """
         at = row, self.branch, chunk
         with self._timed(at):

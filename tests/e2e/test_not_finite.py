@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from mc_engines.errors import EngineError
 from mc_runtime.options import GenerationOptions
 from mc_runtime.pipeline import VideoPipeline
+from motioncache import make_policy
 
 OPTIONS = GenerationOptions(
     num_frames=37, height=32, width=32, num_inference_steps=4, ar_step=2, base_num_frames=37
@@ -51,6 +52,16 @@ def test_nan_in_weights_inside_a_graph(damaged, component):
     with pytest.raises(EngineError) as error:
         VideoPipeline.from_bundle(damaged, threads=1).run("a cat", options=OPTIONS)
     assert str(error.value) == message(component, 0, 1)
+
+
+def test_nan_where_velocities_are_kept(damaged):
+    fill_with_nan(damaged / "onnx/head.onnx.data")
+    rule = {"threshold": 1.0, "coefficients": (1.0, 0.0), "warmup_steps": 1, "extrapolation": 1.0}
+    with pytest.raises(EngineError) as error:
+        VideoPipeline.from_bundle(damaged, threads=1).run(
+            "a cat", options=OPTIONS, policy=make_policy("flowcache", rule)
+        )
+    assert str(error.value) == message("head", 0, 1)
 
 
 def test_nan_in_the_decoder(damaged):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from magi_corrections import CONFIG
 
+from mc_engines.published import PUBLISHED
 from mc_runtime.families.magi_schedule import MagiOptions
 from mc_runtime.families.registry import FAMILIES
 from mc_runtime.option_values import check_values
@@ -15,6 +16,14 @@ from mc_runtime.schedule import validate_options
 
 BOTH = [GenerationOptions(), MagiOptions()]
 SETTINGS = [(options, entry.name) for options in BOTH for entry in fields(options)]
+
+
+def test_a_published_model_may_want_other_settings_than_its_family():
+    family, plain = FAMILIES["skyreels"], PUBLISHED["skyreels-df-1.3b-540p"]
+    wanting = replace(plain, settings={"guidance_scale": 3.0})
+    defaults = [family.defaults(family.published(model)) for model in (plain, wanting)]
+    assert defaults[0] == GenerationOptions(height=544, width=960)
+    assert defaults[1] == replace(defaults[0], guidance_scale=3.0)
 
 
 def name_setting(value):
