@@ -143,7 +143,9 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         "skyreels-df-14b-720p": _published(
             "Skywork/SkyReels-V2-DF-14B-720P-Diffusers", _LARGE, 720, 1280, 117
         ),
-        "skyreels-mini": Published(None, _MINI, 64, 64, 97, spatial_factor=4),
+        "skyreels-mini": Published(
+            None, _MINI, 64, 64, 97, spatial_factor=4, settings={"guidance_scale": 3.0}
+        ),
     }
 )
 

@@ -32,7 +32,8 @@ def uncached(mini):
 
 def test_the_bundle_knows_its_name_its_size_and_its_presets(mini) -> None:
     assert mini.bundle.manifest.model == "skyreels-mini"
-    assert (mini.default_options.height, mini.default_options.width) == (64, 64)
+    options = mini.default_options
+    assert (options.height, options.width, options.guidance_scale) == (64, 64, 3)
     assert "motioncache:calibrated" in mini.bundle.manifest.presets
 
 

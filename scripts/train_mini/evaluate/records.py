@@ -30,7 +30,8 @@ def open_pipeline() -> VideoPipeline:
         if path.is_file():
             digest.update(path.read_bytes())
     exported = OUT / "mini.sha256"
-    if not BUNDLE.exists() or exported.read_text() != digest.hexdigest():
+    known = exported.read_text() if exported.exists() and BUNDLE.exists() else None
+    if known != digest.hexdigest():
         command = ["mc-export", "--model", "skyreels-mini", "-o", str(BUNDLE), "--overwrite"]
         subprocess.run([*command, "--quiet"], check=True)
         exported.write_text(digest.hexdigest())
