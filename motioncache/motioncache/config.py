@@ -158,8 +158,8 @@ class ThresholdConfig:
         coefficients: Of the polynomial p that rescales a distance, highest power first.
         warmup_steps: W; steps 0 to W are computed in full.
         extrapolation: What a reused token goes by: its velocity, moved on by this share of the rate
-            at which it last changed; 0 keeps the velocity as it is. None keeps the residual of the
-            blocks, as published.
+            at which it last changed, for as many steps as it took to change; 0 keeps the velocity
+            as it is. None keeps the residual of the blocks, as published.
     """
 
     threshold: float

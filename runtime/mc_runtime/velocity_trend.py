@@ -2,12 +2,14 @@
 
 A token whose blocks ran at steps a < b has at step s > b, with share e of its last rate of change,
 
-    v(s) = v(b) + e * (s - b) / (b - a) * (v(b) - v(a))
+    v(s) = v(b) + e * min(s - b, b - a) / (b - a) * (v(b) - v(a))
 
-and v(b) where they ran once. At e = 0 it keeps its velocity. That a cached feature changes evenly
-along the run, so that a line through its last values foretells it, is what arXiv 2503.06923
-(TaylorSeer) found of the features of other models' blocks; here the line is drawn through what the
-sampler takes of them. Neighbours: `families.skyreels` asks.
+and v(b) where they ran once. It goes on for as many steps as the two lay apart and then stands
+still: a slope between neighbouring steps errs more the farther it is followed. At e = 0 it keeps
+its velocity. That a cached feature changes evenly along the run, so that a line through its last
+values foretells it, is what arXiv 2503.06923 (TaylorSeer) found of the features of other models'
+blocks; here the line is drawn through what the sampler takes of them. Neighbours:
+`families.skyreels` asks.
 
 Axes: L tokens of a chunk, K recomputed ones, c values of a token's patch of velocity.
 """
@@ -52,11 +54,14 @@ class VelocityTrend:
         Example:
             >>> trend = renew_trend(None, np.arange(2), np.float32([[1], [5]]), step=0)
             >>> trend = renew_trend(trend, np.array([0]), np.float32([[2]]), step=2)
-            >>> trend.at(6, share=1.0).tolist(), trend.at(6, share=0.5).tolist()
-            ([[4.0], [5.0]], [[3.0], [5.0]])
+            >>> trend.at(3, share=1.0).tolist(), trend.at(3, share=0.5).tolist()
+            ([[2.5], [5.0]], [[2.25], [5.0]])
+            >>> trend.at(4, share=1.0).tolist(), trend.at(9, share=1.0).tolist()
+            ([[3.0], [5.0]], [[3.0], [5.0]])
         """
         apart = np.maximum(self.last_step - self.before_step, 1)  # where it is 0, so is the change
-        ahead = np.float32(share) * ((step - self.last_step) / apart).astype(np.float32)
+        steps = np.minimum(step - self.last_step, apart)
+        ahead = np.float32(share) * (steps / apart).astype(np.float32)
         moved: _Rows = self.last + ahead * (self.last - self.before)
         return moved
 

@@ -130,7 +130,8 @@ class Lines:
         (b, last), (a, before) = known[-1], known[max(len(known) - 2, 0)]
         if a == b:
             return last
-        return last + np.float32(self.share * (step - b) / (b - a)) * (last - before)
+        ahead = min(step - b, b - a) / (b - a)
+        return last + np.float32(self.share * ahead) * (last - before)
 
 
 @torch.no_grad()
