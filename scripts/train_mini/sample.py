@@ -19,6 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from mc_engines.model_sizes import describe_video
+from mc_engines.published import PUBLISHED
+
 from .autoencoder import MODEL, load_vae
 from .forcing import CHUNK
 from .job import OUT, THREADS
@@ -27,7 +30,7 @@ from .text import MAX_TOKENS
 from .transformer import build_scheduler, build_transformer
 from .world import SEEDS, SIZE, draw_scene
 
-_GUIDANCE = 3.0  # 6 makes textures flicker
+_GUIDANCE = describe_video(PUBLISHED["skyreels-mini"])["guidance_scale"]
 
 
 def load_pipeline() -> SkyReelsV2DiffusionForcingPipeline:
