@@ -63,6 +63,13 @@ class Target:
             return trial.speedup >= self.value
         return self._keeps(trial) and trial.speedup > 1
 
+    def rank(self, trial: Trial) -> tuple[float, float]:
+        """Order trials that reached it: the greater, the better."""
+        psnr = trial.psnr or 0.0
+        if self.metric == "speedup":
+            return psnr, -trial.threshold
+        return trial.speedup, psnr
+
     def _keeps(self, trial: Trial) -> bool:
         return trial.psnr is not None and trial.psnr >= self.value
 
@@ -107,9 +114,7 @@ def search_threshold(
     met = [trial for trial in trials if target.is_met(trial)]
     if not met:
         raise ValueError(_describe_miss(target, trials))
-    if target.metric == "speedup":
-        return min(met, key=lambda trial: trial.threshold), trials
-    return max(met, key=lambda trial: (trial.speedup, trial.psnr or 0.0)), trials
+    return max(met, key=target.rank), trials
 
 
 def _describe_miss(target: Target, trials: Sequence[Trial]) -> str:

@@ -236,6 +236,18 @@ def test_of_equally_fast_trials_the_nearest_to_the_uncached_run_is_taken():
     assert best.psnr == max(trial.psnr for trial in trials) == 32
 
 
+def test_of_trials_that_are_fast_enough_the_nearest_to_the_uncached_run_is_taken():
+    curve = Curve(psnr=lambda t: 40 if t == 1.5 else 30)
+    best, trials = search_threshold(curve, Target("speedup", 2.2))
+    assert best.threshold == 1.5
+    assert min(trial.threshold for trial in trials if trial.speedup >= 2.2) < 1.3
+
+
+def test_without_frames_the_least_threshold_of_a_speedup_is_taken():
+    best, trials = search_threshold(Curve(psnr=lambda t: None), Target("speedup", 2.2))
+    assert best.threshold == min(trial.threshold for trial in trials if trial.speedup >= 2.2)
+
+
 def test_a_speedup_out_of_reach_says_what_was_reached():
     curve = Curve()
     with pytest.raises(ValueError, match="speed-up") as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from scripts.train_mini.forcing import CHUNK
 from scripts.train_mini.job import OUT, THREADS
+from scripts.train_mini.presets import PRESETS
 
 from mc_export.fetch import PACKAGED
 from mc_runtime import VideoPipeline
@@ -21,7 +22,7 @@ from mc_runtime import VideoPipeline
 from .records import BUNDLE, results_folder
 from .scenes import Kind, held_out_scenes
 
-POLICIES = ("none", "teacache:calibrated", "flowcache:calibrated", "motioncache:calibrated")
+POLICIES = ("none", *(f"{policy}:{name}" for policy, name, _ in PRESETS))
 _KINDS: tuple[Kind, ...] = ("static", "slow", "fast", "pan", "cut")
 _PROMPTS = 4  # of each kind
 _ROUNDS = 1  # of each prompt: that there are several is what steadies the times
