@@ -27,7 +27,7 @@ def open_pipeline() -> VideoPipeline:
     """Open the bundle of the model in the package, exporting it where it is another or none."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGED.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md":
             digest.update(path.read_bytes())
     exported = OUT / "mini.sha256"
     known = exported.read_text() if exported.exists() and BUNDLE.exists() else None
