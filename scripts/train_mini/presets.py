@@ -19,12 +19,12 @@ from .world import SEEDS, draw_scene
 
 # Steps are counted, and what is reused follows its line: docs/decisions/012.
 _AHEAD = ("coefficients=0,1", "extrapolation=1")
-PRESETS = (
-    ("teacache", "calibrated", (*_AHEAD, "warmup_steps=0")),
-    ("flowcache", "calibrated", (*_AHEAD, "warmup_steps=2")),
-    ("motioncache", "calibrated", (*_AHEAD, "warmup_steps=2", "weight_floor=0.8")),
-    ("motioncache", "fitted", ()),  # as published: fitted distances, and what is reused stays
-)
+PRESETS: dict[str, tuple[str, ...]] = {
+    "teacache:calibrated": (*_AHEAD, "warmup_steps=0"),
+    "flowcache:calibrated": (*_AHEAD, "warmup_steps=2"),
+    "motioncache:calibrated": (*_AHEAD, "warmup_steps=2", "weight_floor=0.8"),
+    "motioncache:fitted": (),  # as published: fitted distances, and what is reused stays
+}
 _PROMPTS = 4
 _SPEEDUP = 3.4  # by FLOPs
 
@@ -35,14 +35,14 @@ def make_presets() -> None:
     first, prompts = SEEDS["calibration"], OUT / "calibration.txt"
     scenes = [draw_scene(seed) for seed in range(first, first + _PROMPTS)]
     prompts.write_text("".join(f"{scene.caption()}\n" for scene in scenes))
-    for policy, name, options in PRESETS:
+    for key, options in PRESETS.items():
+        policy, _, name = key.partition(":")
         command = ["mc-calibrate", str(BUNDLE), "--policy", policy, "--name", name, "--overwrite"]
         command += [f"--policy-option={option}" for option in options]
         command += ["--prompts", str(prompts), "--target-speedup", str(_SPEEDUP)]
         subprocess.run([*command, "--seed", str(first), "--threads", str(THREADS)], check=True)
-    keys = [f"{policy}:{name}" for policy, name, _ in PRESETS]
     presets = Bundle.open(BUNDLE).manifest.presets
-    chosen = {key: presets[key] for key in keys}
+    chosen = {key: presets[key] for key in PRESETS}
     (PACKAGED / "presets.json").write_text(json.dumps(chosen, indent=2) + "\n")
 
 

@@ -22,7 +22,7 @@ from mc_runtime import VideoPipeline
 from .records import BUNDLE, results_folder
 from .scenes import Kind, held_out_scenes
 
-POLICIES = ("none", *(f"{policy}:{name}" for policy, name, _ in PRESETS))
+POLICIES = ("none", *PRESETS)
 _KINDS: tuple[Kind, ...] = ("static", "slow", "fast", "pan", "cut")
 _PROMPTS = 4  # of each kind
 _ROUNDS = 1  # of each prompt: that there are several is what steadies the times
