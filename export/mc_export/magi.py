@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from mc_export.islands import Island
-from mc_export.layers import AffineNorm, Linear, attend, split_heads
+from mc_export.layers import AffineNorm, Linear, attend, silu, split_heads
 
 TIMESTEP_THETA = 10_000.0
 TIMESTEP_SCALE = 1000.0
@@ -148,7 +148,7 @@ class TimeEmbedding(nn.Module):
         angles = times[:, None] * self.frequencies[None] * TIMESTEP_SCALE
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         waves = waves.to(self.rounding).to(torch.float32)
-        return cast(Tensor, self.down(nn.functional.silu(self.up(waves))))
+        return cast(Tensor, self.down(silu(self.up(waves))))
 
 
 class Timestep(nn.Module):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mc_export.islands import Island
-from mc_export.layers import AffineNorm, Linear, RmsNorm, attend, split_heads
+from mc_export.layers import AffineNorm, Linear, RmsNorm, attend, silu, split_heads
 
 ROPE_THETA = 10_000.0
 TIMESTEP_THETA = 10_000.0
@@ -140,11 +140,11 @@ class Timestep(nn.Module):
         """
         angles = timesteps.to(torch.float64)[:, None] * self.frequencies[None]
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
-        hidden = self.embed_down(nn.functional.silu(self.embed_up(waves)))
-        modulation = self.project(nn.functional.silu(hidden))
+        hidden = self.embed_down(silu(self.embed_up(waves)))
+        modulation = self.project(silu(hidden))
         if fps_id is not None:
             fps = self.fps_embedding.index_select(0, fps_id)
-            modulation = modulation + self.fps_down(nn.functional.silu(self.fps_up(fps)))
+            modulation = modulation + self.fps_down(silu(self.fps_up(fps)))
         return modulation.reshape(-1, 6, self.dim), hidden
 
 

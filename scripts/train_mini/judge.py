@@ -2,11 +2,13 @@
 
 The judge knows the palette and the shapes of `world.py` and nothing of how the frames came to be,
 so that it serves for procedural and for generated clips alike. `python -m scripts.train_mini.judge`
-judges the judge: procedural clips under their own captions, and under shuffled ones, where every
-rate must fall to chance.
+judges the judge: procedural clips under their own captions, and under those of the next clip, where
+every rate must fall to chance.
 """
 
 __all__ = [
+    "CHANCE",
+    "GOOD",
     "Verdict",
     "compare_captions",
     "find_object",
@@ -16,6 +18,7 @@ __all__ = [
     "judge_shape",
     "rate_verdicts",
     "score_clip",
+    "shift_captions",
 ]
 
 import argparse
@@ -31,7 +34,8 @@ from .world import COLOURS, DIRECTIONS, SEEDS, SHAPES, Scene, draw_scene
 
 _REACH = 55.0  # grey levels of RGB distance within which a pixel has a colour
 _MIN_AREA = 20  # pixels below which there is no object in a frame
-_GOOD = 0.99  # share of procedural clips on which the judge has to be right
+GOOD = 0.99  # share of procedural clips on which the judge has to be right
+CHANCE = 0.5  # share that it may find right under the captions of other clips
 _TRACK = 17  # first frames: no object has bounced before
 _STILL = 0.12  # pixels per frame below which an object stays
 _FAR = 2.0  # pixels that a still object may be off its place in any frame
@@ -158,10 +162,15 @@ def rate_verdicts(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[
     return hits
 
 
+def shift_captions(scenes: Sequence[Scene]) -> list[Scene]:
+    """Return to every clip the scene of the next: the negative control."""
+    return [*scenes[1:], scenes[0]]
+
+
 def compare_captions(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> str:
     """Rate verdicts under their own captions, and under those of the next clip: chance."""
     lines = []
-    for name, order in (("own captions", scenes), ("next captions", [*scenes[1:], scenes[0]])):
+    for name, order in (("own captions", scenes), ("next captions", shift_captions(scenes))):
         hits = sorted(rate_verdicts(verdicts, order).items())
         rates = ", ".join(f"{key} {np.mean(right):.1%} of {len(right)}" for key, right in hits)
         lines.append(f"  {name + ':':<19}{rates}")
@@ -179,5 +188,8 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=500)
     judged = judge_scenes(parser.parse_args().clips)
     print(compare_captions(*judged))
-    if min(map(np.mean, rate_verdicts(*judged).values())) < _GOOD:
-        raise SystemExit(f"judge: expected to be right on {_GOOD:.0%} of the clips. Mend it first.")
+    verdicts, own = judged
+    if min(map(np.mean, rate_verdicts(verdicts, own).values())) < GOOD:
+        raise SystemExit(f"judge: expected to be right on {GOOD:.0%} of the clips. Mend it first.")
+    if max(map(np.mean, rate_verdicts(verdicts, shift_captions(own)).values())) > CHANCE:
+        raise SystemExit("judge: expected chance under the next captions. Mend it first.")

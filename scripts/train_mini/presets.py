@@ -13,7 +13,7 @@ import subprocess
 from mc_engines.bundle import Bundle
 from mc_export.fetch import PACKAGED
 
-from .evaluate.records import BUNDLE, open_pipeline
+from .bundle import BUNDLE, open_pipeline
 from .job import OUT, THREADS
 from .world import SEEDS, draw_scene
 
@@ -22,7 +22,7 @@ _AHEAD = ("coefficients=0,1", "extrapolation=1")
 PRESETS: dict[str, tuple[str, ...]] = {
     "teacache:calibrated": (*_AHEAD, "warmup_steps=0"),
     "flowcache:calibrated": (*_AHEAD, "warmup_steps=2"),
-    "motioncache:calibrated": (*_AHEAD, "warmup_steps=2", "weight_floor=0.8"),
+    "motioncache:calibrated": (*_AHEAD, "warmup_steps=2", "weight_floor=0.8", "min_update_ratio=0"),
     "motioncache:fitted": (),  # as published: fitted distances, and what is reused stays
 }
 _PROMPTS = 4

@@ -132,7 +132,7 @@ def _draw_backgrounds(scene: Scene, times: NDArray[np.int64]) -> Field:
         rng = np.random.default_rng([scene.seed, index])
         texture = _TEXTURES[kind](rng).astype(np.float32)
         chosen = np.flatnonzero(second == bool(index))
-        shift = PANS[scene.pan][0] * times[chosen] if scene.pan else np.zeros(len(chosen))
+        shift = PANS[scene.pan] * times[chosen] if scene.pan else np.zeros(len(chosen))
         out[chosen] = _slide(texture, shift)
     return out
 

@@ -1,22 +1,21 @@
 """Sample skyreels-mini with diffusers' own pipeline and lay the frames out in a sheet.
 
 `python -m scripts.train_mini.sample --steps 20 "a big red circle races left over sand"` writes
-`sheet.png`: one row per prompt, every twelfth frame. With `--prompts N` the captions of N held-out
+`sheet.png`: one row per prompt, eight frames. With `--prompts N` the captions of N held-out
 scenes are taken, and the judge says how many it finds in the frames.
 """
 
-__all__ = ["generate", "load_pipeline", "write_sheet"]
+__all__ = ["generate", "load_pipeline"]
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file
+from scripts.frame_strip import lay_out
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mc_engines.model_sizes import describe_video
@@ -30,6 +29,7 @@ from .text import MAX_TOKENS
 from .transformer import build_scheduler, build_transformer
 from .world import SEEDS, SIZE, draw_scene
 
+_SHEET = OUT / "sheet.png"
 _GUIDANCE = describe_video(PUBLISHED["skyreels-mini"])["guidance_scale"]
 
 
@@ -74,13 +74,6 @@ def generate(
     return np.rint(video * 255).astype(np.uint8)
 
 
-def write_sheet(clips: list[NDArray[np.uint8]], path: Path, every: int = 12) -> None:
-    """Write every twelfth frame of clips, one row each, twice as large."""
-    rows = [np.concatenate(list(clip[::every]), axis=1) for clip in clips]
-    sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
-
-
 def judge_held_out(count: int, steps: int) -> None:
     """Generate held-out prompts, print the judge's rates and write the sheet."""
     pipeline = load_pipeline()
@@ -93,7 +86,7 @@ def judge_held_out(count: int, steps: int) -> None:
         for index, scene in enumerate(scenes)
     ]
     print(compare_captions([judge_clip(clip) for clip in clips], scenes))
-    write_sheet(clips, OUT / "sheet.png")
+    lay_out(clips).save(_SHEET)
 
 
 if __name__ == "__main__":
@@ -102,10 +95,12 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
+    if not arguments.prompt and not arguments.prompts:
+        parser.error("prompt: expected one, or --prompts N, got neither. Name one.")
     torch.set_num_threads(THREADS)
     if arguments.prompts:
         judge_held_out(arguments.prompts, arguments.steps)
     else:
         mini = load_pipeline()
         videos = [generate(mini, prompt, steps=arguments.steps) for prompt in arguments.prompt]
-        write_sheet(videos, OUT / "sheet.png")
+        lay_out(videos).save(_SHEET)

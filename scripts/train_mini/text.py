@@ -2,8 +2,7 @@
 
 Pipelines pad every prompt's embedding with zeros to a fixed length, and the transformer attends to
 them. `embed_captions` keeps a single zero token and says by a bias how many it stands for: exactly
-the same attention, at less cost. The length is short here, for among 512 tokens, as the large model
-has it, the words get 2 % of the attention and are not learnt.
+the same attention, at less cost. Why the length is short here is said in `README.md`.
 """
 
 __all__ = ["MAX_TOKENS", "TEXT_DIM", "build_text_encoder", "build_tokenizer", "embed_captions"]

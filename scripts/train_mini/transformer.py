@@ -273,6 +273,6 @@ def train(steps: int, start: int = 0) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, required=True, help="Of the whole training.")
     parser.add_argument("--start", type=int, default=0, help="Steps of the weights in the package.")
     train(**vars(parser.parse_args()))

@@ -8,8 +8,10 @@ the same scene and the same caption on every machine.
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
-    "FPS",
+    "DIRECTIONS",
     "MOTIONS",
+    "PANS",
+    "RADII",
     "SEEDS",
     "SHAPES",
     "SIZE",
@@ -29,7 +31,6 @@ from typing import Literal
 import numpy as np
 
 SIZE = 64  # pixels, both ways
-FPS = 24
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 40, 40),
@@ -45,7 +46,7 @@ BACKGROUNDS = ("sand", "grass", "water", "bricks", "checker", "stripes")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"stays": 0.0, "drifts": 0.35, "races": 1.1}  # pixels per frame
 MOTIONS = ("stays", *(f"{verb} {way}" for verb in ("drifts", "races") for way in DIRECTIONS))
-PANS = {"left": (0.25, 0.0), "right": (-0.25, 0.0)}  # shift of the picture, pixels per frame
+PANS = {"left": 0.25, "right": -0.25}  # shift of the picture to the right, pixels per frame
 
 # The first seed of each use. None reaches another's, so that nothing is judged on what it was made
 # from: training (`clips`, `beginnings`), the VAE's progress, the judge, development (`samples`),
@@ -192,7 +193,7 @@ def _draw_actor(rng: np.random.Generator, colour: str) -> Actor:
 
 
 def _draw_centre(rng: np.random.Generator, radius: float, motion: str) -> tuple[float, float]:
-    """Draw a centre from which a moving object has room for a second before its first bounce."""
+    """Draw a centre from which a moving object has room for 18 frames before its first bounce."""
     way = DIRECTIONS.get(motion.partition(" ")[2], (0, 0))
     centre = [0.0, 0.0]
     for axis, step in enumerate(way):

@@ -2,12 +2,20 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from scripts.train_mini.presets import PRESETS
+from scripts.train_mini.text import MAX_TOKENS
 
 from mc_engines.published import PUBLISHED
 from mc_export.checkpoint import load_checkpoint
@@ -16,6 +24,7 @@ from mc_export.export_bundle import expected_tensors
 from mc_export.fetch import PACKAGED, fetch_checkpoint
 from mc_export.skyreels_family import _max_tokens
 from motioncache import Preset, make_policy
+from motioncache.options import parse_options
 
 LIMIT = 16 * 2**20
 
@@ -34,9 +43,7 @@ def test_every_part_is_there_with_the_published_sizes() -> None:
 
 
 def test_prompts_are_padded_as_in_training() -> None:
-    """The packaged weights decide: the length is the tokenizer's."""
-    length = json.loads((PACKAGED / "tokenizer" / "tokenizer_config.json").read_text())
-    assert _max_tokens(PACKAGED / "tokenizer") == length["model_max_length"] <= 512
+    assert _max_tokens(PACKAGED / "tokenizer") == MAX_TOKENS
 
 
 def test_a_tokenizer_without_a_length_takes_512_tokens(tmp_path: Path) -> None:
@@ -53,14 +60,15 @@ def test_it_is_at_most_16_mb_of_float16() -> None:
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
-def test_its_presets_are_calibrated_and_name_no_machine() -> None:
+def test_its_presets_are_those_of_their_script_and_name_no_machine() -> None:
     presets = load_checkpoint(PACKAGED).presets
-    names = {f"{policy}:calibrated" for policy in ("teacache", "flowcache", "motioncache")}
-    assert presets.keys() == names | {"motioncache:fitted"}
+    assert presets.keys() == PRESETS.keys()
     for key, value in presets.items():
         preset = Preset.from_json(key, value)
         assert (preset.key, preset.origin, preset.steps) == (key, "calibrated", 50)
-        make_policy(preset.policy, preset.options)
+        config: Any = make_policy(preset.policy, preset.options).config
+        found = type(config)(threshold=config.threshold, coefficients=config.coefficients)
+        assert config == replace(found, **parse_options(type(config), PRESETS[key]))
         assert "mc-calibrate" in preset.source and "/" not in preset.source
 
 

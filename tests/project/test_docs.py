@@ -20,6 +20,7 @@ from mc_runtime import VideoPipeline
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CARDS = [PACKAGED / "README.md", ROOT / "scripts" / "train_mini" / "README.md"]
 README = PAGES[0].read_text()
 WORDS = set(
     re.findall(r"(?<![\w-])-{0,2}[a-z][\w-]*", "\n".join(page.read_text() for page in PAGES))
@@ -63,7 +64,7 @@ def test_the_readme_names_no_flag_that_no_command_has() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: page.name)
 def test_relative_links_resolve(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -136,13 +136,12 @@ def test_the_later_object_passes_before_the_earlier() -> None:
 
 
 def test_the_judge_is_right_and_shuffled_captions_are_chance() -> None:
-    scenes = [world.draw_scene(2_000_000 + seed, "any", actors=1) for seed in range(60)]
-    verdicts = [judge.judge_clip(render.render_scene(each).frames, each.cut) for each in scenes]
+    verdicts, scenes = judge.judge_scenes(60)
     own = judge.rate_verdicts(verdicts, scenes)
-    shuffled = judge.rate_verdicts(verdicts, scenes[1:] + scenes[:1])
+    shuffled = judge.rate_verdicts(verdicts, judge.shift_captions(scenes))
     assert own.keys() == {"colour", "shape", "direction", "still"}
-    assert min(map(np.mean, own.values())) >= 0.99
-    assert max(map(np.mean, shuffled.values())) < 0.5
+    assert min(map(np.mean, own.values())) >= judge.GOOD
+    assert max(map(np.mean, shuffled.values())) <= judge.CHANCE
 
 
 def test_the_judge_sees_no_object_where_there_is_none() -> None:

@@ -6,6 +6,7 @@ What is measured is kept in `out/train_mini/evaluation`, and a second call goes 
 import argparse
 from collections.abc import Callable
 
+from scripts.train_mini.bundle import open_pipeline
 from scripts.train_mini.judge import compare_captions, judge_scenes
 
 from mc_runtime import VideoPipeline
@@ -14,7 +15,6 @@ from .codec import measure_codec
 from .motion import measure_motion
 from .policies import measure_long, measure_policies
 from .prompts import measure_prompts
-from .records import open_pipeline
 from .sheet import draw_sheet
 
 PARTS: dict[str, Callable[[VideoPipeline], str]] = {

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scripts.train_mini.bundle import BUNDLE
 from scripts.train_mini.forcing import CHUNK
 from scripts.train_mini.job import OUT, THREADS
 from scripts.train_mini.presets import PRESETS
@@ -19,7 +20,7 @@ from scripts.train_mini.presets import PRESETS
 from mc_export.fetch import PACKAGED
 from mc_runtime import VideoPipeline
 
-from .records import BUNDLE, results_folder
+from .records import results_folder
 from .scenes import Kind, held_out_scenes
 
 POLICIES = ("none", *PRESETS)
@@ -77,7 +78,9 @@ def _bench(
 ) -> dict[str, Any]:
     """Run `mc-bench` on the captions of scenes, unless its report is on file, and return that."""
     captions = "".join(f"{scene.caption()}\n" for scene in scenes)
-    asked = [captions, _ROUNDS, *POLICIES, *arguments, dict(pipeline.bundle.manifest.presets)]
+    lpips = ["--lpips", str(_LPIPS)] if _LPIPS.exists() else []
+    settings = ["--rounds", str(_ROUNDS), *lpips, *arguments]
+    asked = [captions, *POLICIES, *settings, dict(pipeline.bundle.manifest.presets)]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     output = results_folder(pipeline) / f"{name}-{digest}.json"
     if not output.exists():
@@ -85,9 +88,7 @@ def _bench(
         prompts.write_text(captions)
         command = ["mc-bench", "run", str(BUNDLE), "--policies", ",".join(POLICIES)]
         command += ["--prompts", str(prompts), "-o", str(output), "--threads", str(THREADS)]
-        command += ["--rounds", str(_ROUNDS)]
-        command += ["--lpips", str(_LPIPS)] if _LPIPS.exists() else []
-        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, *settings], check=True, stdout=subprocess.DEVNULL)
     report: dict[str, Any] = json.loads(output.read_text())
     return report
 

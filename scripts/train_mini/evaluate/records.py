@@ -3,39 +3,19 @@
 Files lie under the identity of the model, so that another model is measured anew.
 """
 
-__all__ = ["BUNDLE", "Record", "open_pipeline", "results_folder", "take_records"]
+__all__ = ["Record", "results_folder", "take_records"]
 
-import hashlib
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.train_mini.job import OUT, THREADS
+from scripts.train_mini.job import OUT
 from scripts.train_mini.world import Scene
 
-from mc_export.fetch import PACKAGED
 from mc_runtime import VideoPipeline
 
-BUNDLE = OUT / "mini.bundle"
-
 Record = dict[str, Any]
-
-
-def open_pipeline() -> VideoPipeline:
-    """Open the bundle of the model in the package, exporting it where it is another or none."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGED.rglob("*")):
-        if path.is_file() and path.suffix != ".md":
-            digest.update(path.read_bytes())
-    exported = OUT / "mini.sha256"
-    known = exported.read_text() if exported.exists() and BUNDLE.exists() else None
-    if known != digest.hexdigest():
-        command = ["mc-export", "--model", "skyreels-mini", "-o", str(BUNDLE), "--overwrite"]
-        subprocess.run([*command, "--quiet"], check=True)
-        exported.write_text(digest.hexdigest())
-    return VideoPipeline.from_bundle(BUNDLE, threads=THREADS)
 
 
 def results_folder(pipeline: VideoPipeline) -> Path:
