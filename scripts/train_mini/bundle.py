@@ -23,6 +23,7 @@ def open_pipeline() -> VideoPipeline:
     exported = OUT / "mini.sha256"
     known = exported.read_text() if exported.exists() and BUNDLE.exists() else None
     if known != digest.hexdigest():
+        OUT.mkdir(parents=True, exist_ok=True)
         command = ["mc-export", "--model", "skyreels-mini", "-o", str(BUNDLE), "--overwrite"]
         subprocess.run([*command, "--quiet"], check=True)
         exported.write_text(digest.hexdigest())
