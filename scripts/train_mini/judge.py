@@ -7,8 +7,6 @@ every rate must fall to chance.
 """
 
 __all__ = [
-    "CHANCE",
-    "GOOD",
     "Verdict",
     "compare_captions",
     "find_object",
@@ -34,8 +32,8 @@ from .world import COLOURS, DIRECTIONS, SEEDS, SHAPES, Scene, draw_scene
 
 _REACH = 55.0  # grey levels of RGB distance within which a pixel has a colour
 _MIN_AREA = 20  # pixels below which there is no object in a frame
-GOOD = 0.99  # share of procedural clips on which the judge has to be right
-CHANCE = 0.5  # share that it may find right under the captions of other clips
+_GOOD = 0.99  # share of procedural clips on which the judge has to be right
+_CHANCE = 0.5  # share that it has to stay below under the captions of other clips
 _TRACK = 17  # first frames: no object has bounced before
 _STILL = 0.12  # pixels per frame below which an object stays
 _FAR = 2.0  # pixels that a still object may be off its place in any frame
@@ -186,10 +184,9 @@ def judge_scenes(clips: int) -> tuple[list[Verdict], list[Scene]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=500)
-    judged = judge_scenes(parser.parse_args().clips)
-    print(compare_captions(*judged))
-    verdicts, own = judged
-    if min(map(np.mean, rate_verdicts(verdicts, own).values())) < GOOD:
-        raise SystemExit(f"judge: expected to be right on {GOOD:.0%} of the clips. Mend it first.")
-    if max(map(np.mean, rate_verdicts(verdicts, shift_captions(own)).values())) > CHANCE:
+    verdicts, clips = judge_scenes(parser.parse_args().clips)
+    print(compare_captions(verdicts, clips))
+    if min(map(np.mean, rate_verdicts(verdicts, clips).values())) < _GOOD:
+        raise SystemExit(f"judge: expected to be right on {_GOOD:.0%} of the clips. Mend it first.")
+    if max(map(np.mean, rate_verdicts(verdicts, shift_captions(clips)).values())) >= _CHANCE:
         raise SystemExit("judge: expected chance under the next captions. Mend it first.")
