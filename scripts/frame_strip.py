@@ -1,6 +1,6 @@
 """Lay frames of videos out in a picture: a row per video, eight frames evenly from first to last.
 
-python scripts/frame_strip.py VIDEO... -o PICTURE.png
+python scripts/frame_strip.py VIDEO... -o PICTURE.png [--legend ROWS]
 """
 
 import argparse
@@ -27,11 +27,24 @@ def lay_out(videos: list[NDArray[np.uint8]]) -> Image.Image:
     return Image.fromarray(np.concatenate(rows))
 
 
+def set_below(strip: Image.Image, legend: NDArray[np.uint8]) -> Image.Image:
+    """Put a legend, shape (rows, width, 3), under a strip."""
+    below = Image.fromarray(legend)
+    picture = Image.new("RGB", (strip.width, strip.height + below.height), "white")
+    picture.paste(strip)
+    picture.paste(below, (0, strip.height))
+    return picture
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--legend", type=int, metavar="ROWS", default=0)
     arguments = parser.parse_args()
-    lay_out([np.stack(list(read_frames(video))) for video in arguments.videos]).save(
-        arguments.output
-    )
+    videos = [np.stack(list(read_frames(video))) for video in arguments.videos]
+    rows = arguments.legend  # at the foot of every frame, the same in all: shown once
+    picture = lay_out([frames[:, : frames.shape[1] - rows] for frames in videos])
+    if rows:
+        picture = set_below(picture, videos[0][0, -rows:])
+    picture.save(arguments.output)

@@ -289,7 +289,6 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
     with ExitStack() as stack:
         display = stack.enter_context(Display(quiet))
         say = make_say(quiet)
-        _offer_presets(run, say)
         chunks = run.pipeline.generate(
             **run.texts,
             **run.arrays,
@@ -299,6 +298,7 @@ def _generate(run: _Run, record: Path, quiet: bool) -> bool:
             note=say,
             options=run.options,
         )
+        _offer_presets(run, say)
         if "gpu" in run.ran_on:
             say(_describe_weights(run.pipeline))
         writer = None

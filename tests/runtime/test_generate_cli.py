@@ -154,8 +154,8 @@ def test_a_run_leaves_video_latents_and_record(fake, folder):
     assert (record["interrupted"], len(record["chunks"])) == (False, 3)
     assert result.stdout == "done: out.mp4, out.npz\n"
     assert result.stderr.splitlines() == [
-        "Nothing is cached. Faster: --policy flowcache:calibrated",
         "prompt: expected at most 512 tokens, got 600. The last 88 were cut.",
+        "Nothing is cached. Faster: --policy flowcache:calibrated",
         "first chunk after 1.5 s, 2 left",
         "chunk 2 of 3, 1.5 s, 1 left",
         "chunk 3 of 3, 1.5 s, 0 left",
