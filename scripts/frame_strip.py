@@ -40,10 +40,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--legend", type=int, metavar="ROWS", default=0)
+    parser.add_argument(
+        "--legend",
+        type=int,
+        metavar="ROWS",
+        default=0,
+        help="at the foot of each frame: shown once",
+    )
     arguments = parser.parse_args()
     videos = [np.stack(list(read_frames(video))) for video in arguments.videos]
-    rows = arguments.legend  # at the foot of every frame, the same in all: shown once
+    rows = arguments.legend
     picture = lay_out([frames[:, : frames.shape[1] - rows] for frames in videos])
     if rows:
         picture = set_below(picture, videos[0][0, -rows:])
