@@ -1,6 +1,6 @@
 """Lay frames of videos out in a picture: a row per video, eight frames evenly from first to last.
 
-python scripts/frame_strip.py VIDEO... -o PICTURE.png [--legend ROWS]
+python scripts/frame_strip.py VIDEO... -o PICTURE.png [--overlay]
 """
 
 import argparse
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+from mc_runtime.overlay import LEGEND_HEIGHT
 from mc_runtime.video import read_frames
 
 COLUMNS = 8
@@ -28,11 +29,9 @@ def lay_out(videos: list[NDArray[np.uint8]]) -> Image.Image:
 
 
 def set_below(strip: Image.Image, legend: NDArray[np.uint8]) -> Image.Image:
-    """Put a legend, shape (rows, width, 3), under a strip."""
-    below = Image.fromarray(legend)
-    picture = Image.new("RGB", (strip.width, strip.height + below.height), "white")
-    picture.paste(strip)
-    picture.paste(below, (0, strip.height))
+    """Put a legend, shape (height, width, 3), under a strip."""
+    picture = ImageOps.expand(strip, (0, 0, 0, len(legend)), "white")
+    picture.paste(Image.fromarray(legend), (0, strip.height))
     return picture
 
 
@@ -40,17 +39,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--legend",
-        type=int,
-        metavar="ROWS",
-        default=0,
-        help="at the foot of each frame: shown once",
-    )
+    parser.add_argument("--overlay", action="store_true", help="show the legend of overlays once")
     arguments = parser.parse_args()
     videos = [np.stack(list(read_frames(video))) for video in arguments.videos]
-    rows = arguments.legend
-    picture = lay_out([frames[:, : frames.shape[1] - rows] for frames in videos])
-    if rows:
-        picture = set_below(picture, videos[0][0, -rows:])
+    if arguments.overlay:
+        strip = lay_out([frames[:, :-LEGEND_HEIGHT] for frames in videos])
+        picture = set_below(strip, videos[0][0, -LEGEND_HEIGHT:])
+    else:
+        picture = lay_out(videos)
     picture.save(arguments.output)

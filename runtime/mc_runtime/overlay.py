@@ -4,7 +4,7 @@ Neighbours: `mc-inspect --overlay` writes it, `trace_report` takes the place of 
 `Layout`. What a token did comes from the run's `DecisionTrace`.
 """
 
-__all__ = ["Layout", "free_steps", "token_shares", "write_overlay"]
+__all__ = ["LEGEND_HEIGHT", "Layout", "free_steps", "token_shares", "write_overlay"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 _TINT = np.array([230, 85, 0], np.float32)  # orange: told from grey and blue by every eye
 _OPACITY = 0.65  # of the tint where a token is recomputed most often
 _SHOWN_WIDTH = 640  # smaller videos are enlarged by whole factors, so that tokens can be seen
-_LEGEND_HEIGHT = 32
+LEGEND_HEIGHT = 32  # pixels at the foot of every frame
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def write_overlay(trace: DecisionTrace, video: Path, output: Path) -> None:
     width, height = zoom * options["width"], zoom * options["height"]
     legend = _draw_legend(width, low, high)
     _check_video(video, options)
-    with VideoWriter(output, options["fps"], width, height + _LEGEND_HEIGHT) as writer:
+    with VideoWriter(output, options["fps"], width, height + LEGEND_HEIGHT) as writer:
         places = _places(layout)
         framed = zip(places, read_frames(video), strict=False)
         for _, chunk in groupby(framed, key=lambda pair: _chunk_of(layout, pair[0])):
@@ -188,19 +188,19 @@ def _draw_legend(width: int, low: float, high: float) -> Pixels:
     """A strip, shape (32, width, 3): what the tint means, from the least to the most."""
     figure_module = require("matplotlib.figure", "bench")
     dpi = 100
-    figure = figure_module.Figure(figsize=(width / dpi, _LEGEND_HEIGHT / dpi), dpi=dpi)
+    figure = figure_module.Figure(figsize=(width / dpi, LEGEND_HEIGHT / dpi), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.set(xlim=(0, width), ylim=(0, _LEGEND_HEIGHT))
-    middle, text = _LEGEND_HEIGHT / 2, {"va": "center_baseline", "fontsize": 9}
+    axes.set(xlim=(0, width), ylim=(0, LEGEND_HEIGHT))
+    middle, text = LEGEND_HEIGHT / 2, {"va": "center_baseline", "fontsize": 9}
     bar = _paint(np.full((1, 256, 3), 200, np.uint8), np.linspace(0, _OPACITY, 256)[None])
     axes.text(12, middle, "token recomputed in", ha="left", **text)
     left, right = 0.3 * width, 0.78 * width
     axes.text(left - 8, middle, f"{low:.0%}", ha="right", **text)
-    axes.imshow(bar, extent=(left, right, 8, _LEGEND_HEIGHT - 8), aspect="auto")
+    axes.imshow(bar, extent=(left, right, 8, LEGEND_HEIGHT - 8), aspect="auto")
     axes.text(right + 8, middle, f"{high:.0%} of the steps", ha="left", **text)
-    axes.set(xlim=(0, width), ylim=(0, _LEGEND_HEIGHT))
+    axes.set(xlim=(0, width), ylim=(0, LEGEND_HEIGHT))
     buffer = BytesIO()
     figure.savefig(buffer, format="rgba", dpi=dpi)
-    pixels = np.frombuffer(buffer.getvalue(), np.uint8).reshape(_LEGEND_HEIGHT, width, 4)
+    pixels = np.frombuffer(buffer.getvalue(), np.uint8).reshape(LEGEND_HEIGHT, width, 4)
     return pixels[..., :3].copy()

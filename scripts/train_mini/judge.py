@@ -8,6 +8,7 @@ every rate must fall to chance.
 
 __all__ = [
     "Verdict",
+    "check_judge",
     "compare_captions",
     "find_object",
     "judge_clip",
@@ -181,12 +182,22 @@ def judge_scenes(clips: int) -> tuple[list[Verdict], list[Scene]]:
     return [judge_clip(render_scene(scene).frames, scene.cut) for scene in scenes], scenes
 
 
+def check_judge(clips: int) -> str:
+    """Judge the judge on procedural clips; return its rates in words.
+
+    Raises:
+        SystemExit: It is wrong on more than a hundredth, or right under the captions of others.
+    """
+    verdicts, scenes = judge_scenes(clips)
+    rates = f"judge, {clips} clips:\n{compare_captions(verdicts, scenes)}"
+    if min(map(np.mean, rate_verdicts(verdicts, scenes).values())) < _GOOD:
+        raise SystemExit(f"{rates}\nExpected to be right on {_GOOD:.0%} of them. Mend it first.")
+    if max(map(np.mean, rate_verdicts(verdicts, shift_captions(scenes)).values())) >= _CHANCE:
+        raise SystemExit(f"{rates}\nExpected chance under the next captions. Mend it first.")
+    return rates
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=500)
-    verdicts, clips = judge_scenes(parser.parse_args().clips)
-    print(compare_captions(verdicts, clips))
-    if min(map(np.mean, rate_verdicts(verdicts, clips).values())) < _GOOD:
-        raise SystemExit(f"judge: expected to be right on {_GOOD:.0%} of the clips. Mend it first.")
-    if max(map(np.mean, rate_verdicts(verdicts, shift_captions(clips)).values())) >= _CHANCE:
-        raise SystemExit("judge: expected chance under the next captions. Mend it first.")
+    print(check_judge(parser.parse_args().clips))

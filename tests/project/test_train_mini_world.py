@@ -144,6 +144,19 @@ def test_the_judge_is_right_and_shuffled_captions_are_chance() -> None:
     assert max(map(np.mean, shuffled.values())) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("part", "broken", "expected"),
+    [
+        ("judge_clip", lambda *_: judge.Verdict("", "", "", False), "right on 99%"),
+        ("shift_captions", list, "chance under the next captions"),
+    ],
+)
+def test_a_judge_that_fails_is_refused(monkeypatch, part, broken, expected) -> None:
+    monkeypatch.setattr(judge, part, broken)
+    with pytest.raises(SystemExit, match=expected):
+        judge.check_judge(3)
+
+
 def test_the_judge_sees_no_object_where_there_is_none() -> None:
     frames = render.render_scene(replace(show(), actors=()), 9).frames
     assert judge.judge_clip(frames) == judge.Verdict("", "", "", False)

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 
 from scripts.train_mini.bundle import open_pipeline
-from scripts.train_mini.judge import compare_captions, judge_scenes
+from scripts.train_mini.judge import check_judge
 
 from mc_runtime import VideoPipeline
 
@@ -19,7 +19,7 @@ from .sheet import draw_sheet
 
 PARTS: dict[str, Callable[[VideoPipeline], str]] = {
     "codec": measure_codec,
-    "judge": lambda pipeline: "judge, 500 clips:\n" + compare_captions(*judge_scenes(500)),
+    "judge": lambda pipeline: check_judge(500),
     "prompts": measure_prompts,
     "motion": measure_motion,
     "policies": measure_policies,
